@@ -1,0 +1,221 @@
+// Scalar math that vectorises: branch-free polynomials for float and double, host and device, no libm call.
+// Every function is accurate to a few units in the last place over its whole range and passes NaN on.
+#pragma once
+
+#include <stdint.h>
+
+#if defined(__CUDACC__) || defined(__CUDACC_RTC__)
+#define FF_HD __host__ __device__ __forceinline__
+#else
+#define FF_HD inline __attribute__((always_inline))
+#endif
+
+namespace fastflow {
+
+// --- bits -----------------------------------------------------------------------------------------
+
+template <class To, class From>
+FF_HD To bit_cast(From from) {
+  static_assert(sizeof(To) == sizeof(From), "sizes differ");
+  To to;
+  __builtin_memcpy(&to, &from, sizeof(to));
+  return to;
+}
+
+template <class T>
+struct Float;
+
+template <>
+struct Float<float> {
+  using Int = int32_t;
+  static constexpr int mantissa = 23;
+  static constexpr int bias = 127;
+  static constexpr float round = 12582912.f;  // 1.5 * 2^23: adding it rounds to the nearest integer
+  static constexpr float exp_low = -87.33654f, exp_high = 88.72283f;
+  static constexpr float ln2_high = 0.693359375f, ln2_low = -2.12194440e-4f;
+};
+
+template <>
+struct Float<double> {
+  using Int = int64_t;
+  static constexpr int mantissa = 52;
+  static constexpr int bias = 1023;
+  static constexpr double round = 6755399441055744.0;  // 1.5 * 2^52
+  static constexpr double exp_low = -708.39641853226408, exp_high = 709.782712893384;
+  static constexpr double ln2_high = 6.93147180369123816490e-01, ln2_low = 1.90821492927058770002e-10;
+};
+
+template <class T>
+FF_HD T abs(T x) {
+  return x < T(0) ? -x : x;
+}
+
+template <class T>
+FF_HD T infinity() {
+  return bit_cast<T>(typename Float<T>::Int(2 * Float<T>::bias + 1) << Float<T>::mantissa);
+}
+
+// --- exp ------------------------------------------------------------------------------------------
+
+// exp(r) on |r| <= ln2 / 2
+FF_HD float exp_reduced(float r) {
+  float p = 1.9875691500e-4f;
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  return (p * r) * r + r + 1.f;
+}
+
+FF_HD double exp_reduced(double r) {
+  const double r2 = r * r;
+  const double p = r * ((1.26177193074810590878e-4 * r2 + 3.02994407707441961300e-2) * r2 + 9.99999999999999999910e-1);
+  const double q =
+      ((3.00198505138664455042e-6 * r2 + 2.52448340349684104192e-3) * r2 + 2.27265548208155028766e-1) * r2 + 2.0;
+  return 1.0 + 2.0 * (p / (q - p));
+}
+
+// e^x; 0 below the smallest normal result, inf above the largest
+template <class T>
+FF_HD T exp(T x) {
+  using F = Float<T>;
+  using Int = typename F::Int;
+  T v = x < F::exp_low ? F::exp_low : x;
+  v = v > F::exp_high ? F::exp_high : v;
+  const T shifted = v * T(1.44269504088896340736) + F::round;
+  const T n = shifted - F::round;
+  const T r = (v - n * F::ln2_high) - n * F::ln2_low;
+  // n reaches bias + 1 near the top: scale in two halves so that neither overflows
+  const Int k = bit_cast<Int>(shifted) - bit_cast<Int>(F::round);
+  const Int half = k >> 1;
+  const T low = bit_cast<T>(Int((half + F::bias) << F::mantissa));
+  const T high = bit_cast<T>(Int((k - half + F::bias) << F::mantissa));
+  T y = exp_reduced(r) * low * high;
+  y = x < F::exp_low ? T(0) : y;
+  return x > F::exp_high ? infinity<T>() : y;
+}
+
+// --- log ------------------------------------------------------------------------------------------
+
+// log(1 + f) - f + f^2 / 2 on sqrt(1/2) <= 1 + f < sqrt(2), by s = f / (2 + f)
+FF_HD float log_tail(float s2) {
+  return s2 * (0.66666662693f + s2 * (0.40000972152f + s2 * (0.28498786688f + s2 * 0.24279078841f)));
+}
+
+FF_HD double log_tail(double s2) {
+  return s2 * (6.666666666666735130e-01 +
+               s2 * (3.999999999940941908e-01 +
+                     s2 * (2.857142874366239149e-01 +
+                           s2 * (2.222219843214978396e-01 +
+                                 s2 * (1.818357216161805012e-01 +
+                                       s2 * (1.531383769920937332e-01 + s2 * 1.479819860511658591e-01))))));
+}
+
+// ln x for x >= 0; log(0) = -inf, negative x gives NaN
+template <class T>
+FF_HD T log(T x) {
+  using F = Float<T>;
+  using Int = typename F::Int;
+  constexpr T denormal_scale = T(Int(1) << F::mantissa);
+  const T smallest = bit_cast<T>(Int(1) << F::mantissa);
+  const bool denormal = x < smallest;
+  const T v = denormal ? x * denormal_scale : x;
+  // split v = 2^k * m with m in [sqrt(1/2), sqrt(2))
+  const Int sqrt_half = bit_cast<Int>(T(0.70710678118654752440));
+  const Int bits = bit_cast<Int>(v) - sqrt_half;
+  const Int k = bits >> F::mantissa;
+  const T m = bit_cast<T>(Int((bits & ((Int(1) << F::mantissa) - 1)) + sqrt_half));
+  const T f = m - T(1);
+  const T s = f / (T(2) + f);
+  const T half_square = T(0.5) * f * f;
+  const T n = T(int(k)) - (denormal ? T(F::mantissa) : T(0));
+  T y = n * F::ln2_high - ((half_square - (s * (half_square + log_tail(s * s)) + n * F::ln2_low)) - f);
+  y = x == T(0) ? -infinity<T>() : y;
+  y = x == infinity<T>() ? x : y;
+  return x >= T(0) ? y : x - x + bit_cast<T>(~Int(0));  // NaN for negative x and for NaN
+}
+
+// ln(1 + q) on 0 <= q <= 1: with s = q / (2 + q) it is q - (q^2 / 2 - s (q^2 / 2 + R)), R = 2/3 s^2 + 2/5 s^4 + ...,
+// and as s^2 <= 1/9 the series needs no range reduction
+template <class T, int terms = sizeof(T) == 8 ? 17 : 8>
+FF_HD T log1p_unit(T q) {
+  const T s = q / (T(2) + q);
+  const T s2 = s * s;
+  T series = T(2) / T(2 * terms + 1);
+#pragma GCC unroll 32
+  for (int k = terms - 1; k >= 1; --k) series = series * s2 + T(2) / T(2 * k + 1);
+  const T half_square = T(0.5) * q * q;
+  return q - (half_square - s * (half_square + s2 * series));
+}
+
+// --- bounded functions ------------------------------------------------------------------------------
+
+// tanh(x) - x for |x| < 0.625
+FF_HD float tanh_small(float x) {
+  const float z = x * x;
+  return x * z *
+         ((((-5.70498872745e-3f * z + 2.06390887954e-2f) * z - 5.37397155531e-2f) * z + 1.33314422036e-1f) * z -
+          3.33332819422e-1f);
+}
+
+FF_HD double tanh_small(double x) {
+  const double z = x * x;
+  const double p = (-9.64399179425052238628e-1 * z - 9.92877231001918586564e1) * z - 1.61468768441708447952e3;
+  const double q = ((z + 1.12811678491632931402e2) * z + 2.23548839060100448583e3) * z + 4.84406305325125486048e3;
+  return x * z * (p / q);
+}
+
+template <class T>
+FF_HD T tanh(T x) {
+  const T a = abs(x);
+  const T large = T(1) - T(2) / (exp(a + a) + T(1));
+  const T signed_large = x < T(0) ? -large : large;
+  return a < T(0.625) ? x + tanh_small(x) : signed_large;
+}
+
+FF_HD float atan_reduced(float y) {
+  const float z = y * y;
+  return y + y * z * (((8.05374449538e-2f * z - 1.38776856032e-1f) * z + 1.99777106478e-1f) * z - 3.33329491539e-1f);
+}
+
+FF_HD double atan_reduced(double y) {
+  const double z = y * y;
+  const double p =
+      (((-8.750608600031904122785e-1 * z - 1.615753718733365076637e1) * z - 7.500855792314704667340e1) * z -
+       1.228866684490136173410e2) *
+          z -
+      6.485021904942025371773e1;
+  const double q =
+      ((((z + 2.485846490142306297962e1) * z + 1.650270098316988542046e2) * z + 4.328810604912902668951e2) * z +
+       4.853903996359136964868e2) *
+          z +
+      1.945506571482613964425e2;
+  return y + y * z * (p / q);
+}
+
+template <class T>
+FF_HD T atan(T x) {
+  const T a = abs(x);
+  const bool steep = a > T(2.41421356237309504880);   // tan(3 pi / 8)
+  const bool middle = a > T(0.41421356237309504880);  // tan(pi / 8)
+  const T reduced = steep ? T(-1) / a : (middle ? (a - T(1)) / (a + T(1)) : a);
+  const T offset = steep ? T(1.57079632679489661923) : (middle ? T(0.78539816339744830962) : T(0));
+  const T y = offset + atan_reduced(reduced);
+  return x < T(0) ? -y : y;
+}
+
+// sigmoid(v), sigmoid(-v) and softplus(v) share q = e^{-|v|}
+template <class T>
+struct Logistic {
+  T sigmoid, complement, softplus, q;
+};
+
+template <class T>
+FF_HD Logistic<T> logistic(T v) {
+  const T q = exp(-abs(v));
+  const T big = T(1) / (T(1) + q), small = q * big;
+  return {v < T(0) ? small : big, v < T(0) ? big : small, (v > T(0) ? v : T(0)) + log1p_unit(q), q};
+}
+
+}  // namespace fastflow

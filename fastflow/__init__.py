@@ -1,0 +1,3 @@
+"""fastflow: normalizing flows on fused kernels for PyTorch."""
+
+from fastflow.ops import *  # noqa: F403

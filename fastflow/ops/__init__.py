@@ -1,0 +1,7 @@
+"""The functional API: one file per family, each with its meaning (reference), contract and gradient."""
+
+from fastflow.ops._backend import BackendError, use_backend
+from fastflow.ops.coupling import additive_coupling, affine_coupling
+from fastflow.ops.scale_map import ScaleMap, scale_map
+
+__all__ = ["BackendError", "ScaleMap", "additive_coupling", "affine_coupling", "scale_map", "use_backend"]

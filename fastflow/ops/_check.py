@@ -1,0 +1,62 @@
+"""Checks that public functions share: which argument, what was expected, what came."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["floating", "matching", "logdet_like", "strided"]
+
+FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def floating(name: str, tensor: Tensor, dims: int = 2) -> None:
+    """A floating point tensor of at least ``dims`` dimensions."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+    if tensor.dtype not in FLOATING:
+        raise TypeError(f"{name}: expected float32, float64, bfloat16 or float16, got {tensor.dtype}")
+    if tensor.dim() < dims:
+        raise ValueError(f"{name}: expected at least {dims} dimensions [B, C, ...], got {tuple(tensor.shape)}")
+
+
+def matching(name: str, tensor: Tensor, x: Tensor, channels: tuple[int, ...] | None = None, of: str = "x") -> None:
+    """``tensor`` goes with ``x``: its device, batch and positions, a compatible dtype, one of these channel counts."""
+    floating(name, tensor)
+    if tensor.device != x.device:
+        raise ValueError(f"{name}: expected device {x.device} like {of}, got {tensor.device}")
+    if (tensor.dtype == torch.float64) != (x.dtype == torch.float64):
+        raise TypeError(f"{name}: float64 goes with float64 only, got {tensor.dtype} with {of} of {x.dtype}")
+    allowed = channels if channels is not None else (x.shape[1],)
+    if tensor.shape[0] != x.shape[0] or tensor.shape[2:] != x.shape[2:] or tensor.shape[1] not in allowed:
+        shapes = " or ".join(str([x.shape[0], c, *x.shape[2:]]) for c in dict.fromkeys(allowed))
+        raise ValueError(f"{name}: expected shape {shapes} for {of} of shape {list(x.shape)}, got {list(tensor.shape)}")
+
+
+def logdet_like(name: str, logdet: Tensor | None, x: Tensor, dtype: torch.dtype) -> None:
+    """A running per-sample sum [B] in the accumulator's dtype."""
+    if logdet is None:
+        return
+    if logdet.shape != x.shape[:1] or logdet.dtype != dtype or logdet.device != x.device:
+        raise ValueError(
+            f"{name}: expected [{x.shape[0]}] of {dtype} on {x.device}, "
+            f"got {list(logdet.shape)} of {logdet.dtype} on {logdet.device}"
+        )
+
+
+def strided(tensor: Tensor | None) -> Tensor | None:
+    """The tensor itself if its positions (dimensions 2 and on) are one strided dimension to a kernel, else a copy.
+
+    Channel splits, interleaved halves, channels_last and expanded tensors are; a spatial slice is not.
+    """
+    if tensor is None or tensor.dim() < 4:
+        return tensor
+    size, stride = 1, 0
+    for n, step in zip(reversed(tensor.shape[2:]), reversed(tensor.stride()[2:]), strict=True):
+        if n == 1:
+            continue
+        if size > 1 and step != size * stride:
+            return tensor.contiguous()
+        stride = step if size == 1 else stride
+        size *= n
+    return tensor

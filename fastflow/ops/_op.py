@@ -1,0 +1,72 @@
+"""Native ops: one schema and one body, an overload of it for every backend.
+
+The body allocates its outputs and calls the kernel with them; run with a kernel that does nothing it is the fake
+implementation that torch.compile traces with. ``torch.ops.fastflow.<name>.<backend>`` is the op itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastflow.ops import _backend
+
+__all__ = ["op", "accumulator", "any_grad", "second_order", "reference_vjp"]
+
+_LIBRARY = torch.library.Library("fastflow", "DEF")
+
+
+def op(schema: str, kernel: str | None = None) -> Callable[[Callable[..., Any]], dict[str, Any]]:
+    """Defines the op of ``schema`` from its body ``body(kernel, *arguments)``; returns ``{backend: op}``.
+
+    The kernel is the backend's function of the op's name, or of the name ``kernel``.
+    """
+    name, signature = schema.split("(", 1)
+    kernel = kernel or name
+
+    def define(body: Callable[..., Any]) -> dict[str, Any]:
+        overloads = {}
+        for backend in _backend.NATIVE:
+
+            def run(*arguments: Any, backend: str = backend) -> Any:
+                return body(_backend.module(backend).kernel(kernel), *arguments)
+
+            qualified = f"fastflow::{name}.{backend}"
+            _LIBRARY.define(f"{name}.{backend}({signature}")
+            _LIBRARY.impl(f"{name}.{backend}", run, "CompositeExplicitAutograd")
+            torch.library.register_fake(qualified, lambda *a: body(lambda *_: None, *a), lib=_LIBRARY)
+            overloads[backend] = getattr(getattr(torch.ops.fastflow, name), backend)
+        return overloads
+
+    return define
+
+
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of sums and log-determinants: float64 for float64, float32 for everything else."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def any_grad(*tensors: Tensor | None) -> bool:
+    """Does autograd want to hear of this call?"""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def second_order() -> bool:
+    """Is the backward pass itself being differentiated (``create_graph=True``)?"""
+    return torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
+def reference_vjp(
+    reference: Callable[..., Any], inputs: tuple[Tensor | None, ...], grads: tuple[Tensor | None, ...]
+) -> tuple[Tensor | None, ...]:
+    """The gradient of ``reference(*inputs)`` as a differentiable function: what a backward kernel is not."""
+    wanted = [t for t in inputs if t is not None and t.requires_grad]
+    outputs = reference(*inputs)
+    pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if g is not None and o.requires_grad]
+    found = iter(
+        torch.autograd.grad([o for o, _ in pairs], wanted, [g for _, g in pairs], create_graph=True, allow_unused=True)
+    )
+    return tuple(next(found) if t is not None and t.requires_grad else None for t in inputs)

@@ -1,0 +1,71 @@
+"""The compiled CPU library that fits this machine.
+
+The C++ sources are built once for every instruction set; the one that ``torch.backends.cpu.get_cpu_capability()``
+names is loaded, so ``ATEN_CPU_CAPABILITY=avx2`` or ``default`` selects another.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable, Iterable
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+_LIBRARIES = {"AVX512": ("avx512", "avx2", "baseline"), "AVX2": ("avx2", "baseline")}
+
+
+@functools.cache
+def _load() -> tuple[ModuleType | None, str]:
+    """The library, and why it is this one (or why there is none)."""
+    capability = torch.backends.cpu.get_cpu_capability()
+    failures = []
+    for name in _LIBRARIES.get(capability, ("baseline",)):
+        try:
+            library = importlib.import_module(f"fastflow._cpu_{name}")
+        except ImportError as error:
+            failures.append(f"{name}: {error}")
+            continue
+        library.set_dtypes(*DTYPES, torch.int64)
+        return library, f"{name} (torch reports {capability})"
+    return None, "no compiled library was installed with this package (" + "; ".join(failures) + ")"
+
+
+def unavailable() -> str | None:
+    """Why the CPU kernels cannot run on this machine; None if they can."""
+    library, reason = _load()
+    return None if library else reason
+
+
+def description() -> str:
+    """Which library serves, why, and on how many threads."""
+    library, reason = _load()
+    if library is None:
+        return reason
+    threads = f"{library.threads()} threads" if library.has_openmp() else "one thread: torch has no OpenMP"
+    return f"{reason}, {threads}"
+
+
+def refuses(tensors: Iterable[Tensor | None]) -> str | None:
+    """Why the CPU kernels cannot serve these tensors; None if they can."""
+    for tensor in tensors:
+        if tensor is None:
+            continue
+        if tensor.device.type != "cpu":
+            return f"a tensor is on {tensor.device}"
+        if tensor.dtype not in DTYPES:
+            return f"a tensor has dtype {tensor.dtype}"
+    return None
+
+
+def kernel(name: str) -> Callable[..., Any]:
+    """The compiled function ``name``."""
+    library, reason = _load()
+    if library is None:
+        raise RuntimeError(f"the cpu backend is not available: {reason}")
+    return getattr(library, name)
