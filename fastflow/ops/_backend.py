@@ -15,7 +15,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-__all__ = ["NATIVE", "BACKENDS", "BackendError", "use_backend", "choose", "module", "reasons"]
+__all__ = ["NATIVE", "BACKENDS", "BackendError", "use_backend", "choose", "module", "reasons", "transformed"]
 
 NATIVE = ("cpu",)  # the fastest first
 BACKENDS = (*NATIVE, "reference")
@@ -80,10 +80,11 @@ def _refusal(name: str, tensors: tuple[Tensor | None, ...]) -> str | None:
     backend = module(name)
     if (reason := backend.unavailable()) is not None:
         return reason
-    if not torch.compiler.is_compiling() and _transformed():
+    if not torch.compiler.is_compiling() and transformed():
         return "inside a torch.func transform or forward-mode differentiation"
     return backend.refuses(tensors)
 
 
-def _transformed() -> bool:
+def transformed() -> bool:
+    """Inside a torch.func transform or forward-mode differentiation, where tensors have no memory of their own?"""
     return torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
