@@ -173,11 +173,23 @@ struct Partial {
   }
 };
 
+// sum += the rows of a tile, in groups of eight: a sum of groups rounds less than one long sum
 template <class T>
 void add_rows(const T* rows, int64_t n, int64_t count, double* sum) {
-  for (int64_t k = 0; k < count; ++k)
+  constexpr int64_t some = 64, group = 8;
+  for (int64_t c = 0; c < n; c += some) {
+    const int64_t width = std::min(some, n - c);
+    T tile[some] = {};
+    for (int64_t k = 0; k < count; k += group) {
+      T part[some] = {};
+      for (int64_t r = k; r < std::min(count, k + group); ++r)
 #pragma omp simd
-    for (int64_t i = 0; i < n; ++i) sum[i] += double(rows[k * n + i]);
+        for (int64_t i = 0; i < width; ++i) part[i] += rows[r * n + c + i];
+#pragma omp simd
+      for (int64_t i = 0; i < width; ++i) tile[i] += part[i];
+    }
+    for (int64_t i = 0; i < width; ++i) sum[c + i] += double(tile[i]);
+  }
 }
 
 template <bool by_rows, class T>

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastflow.ops.snapshot import Snapshot, snapshot
+from fastflow.ops.snapshot import Snapshot, readable, snapshot
 
 __all__ = ["Cache"]
 
@@ -24,13 +24,13 @@ class Cache:
         self.builds = 0
 
     def get(self, key: Hashable, tensors: list[Tensor], build: Callable[[], Any]) -> Any | None:
-        """``build()``, kept from an earlier call where it still holds; None where nothing can be kept."""
+        """``build()``, kept from an earlier call where it still holds; None where none can be kept."""
+        if not readable(tensors):
+            return None
         entry = self._entries.get(key)
-        if entry is not None and not _untouchable() and entry[0].matches(tensors):
+        if entry is not None and entry[0].matches(tensors):
             return entry[1]
         saved = snapshot(tensors)
-        if saved is None:
-            return None
         # a value made under inference mode could not take part in training later
         with torch.inference_mode(False), torch.no_grad():
             value = build()

@@ -6,7 +6,7 @@ ActNorm before the convolution, and give the inverse where asked. Everything is 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -123,18 +123,19 @@ class _LU(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grads):
         factors = ctx.saved_tensors
-        if second_order():
+        if second_order() or ctx.backend == "reference":
 
             def meaning(*factors: Tensor) -> Triple:
                 return lu_reference(*_lists(factors, ctx.layers), ctx.gain, ctx.inverse)
 
-            return None, None, None, None, None, *reference_vjp(meaning, factors, grads)
+            return None, None, None, None, None, *_vjp(meaning, factors, grads)
         lists = _lists(factors, ctx.layers)
         lower, upper, log_s, log_scale, bias = _backward[ctx.backend](*lists, *grads, ctx.gain, ctx.inverse)
         none = (None,) * (2 * ctx.layers)  # permutation and sign
         folded = (*log_scale.unbind(), *bias.unbind()) if lists[5] else ()
         found = (*lower.unbind(), *upper.unbind(), *log_s.unbind(), *none, *folded)
-        return None, None, None, None, None, *(g if g is None else g.to(f.dtype) for g, f in zip(found, factors, strict=True))
+        cast = (g if g is None else g.to(f.dtype) for g, f in zip(found, factors, strict=True))
+        return None, None, None, None, None, *cast
 
 
 class _Dense(torch.autograd.Function):
@@ -154,9 +155,15 @@ class _Dense(torch.autograd.Function):
         def meaning(*tensors: Tensor) -> Triple:
             return dense_reference(*_lists(tensors, ctx.layers, 3), ctx.gain, ctx.inverse)
 
-        with torch.enable_grad():
-            found = reference_vjp(meaning, ctx.saved_tensors, grads)
-        return None, None, None, None, *(found if second_order() else (g if g is None else g.detach() for g in found))
+        return None, None, None, None, *_vjp(meaning, ctx.saved_tensors, grads)
+
+
+def _vjp(meaning: Callable[..., Triple], tensors: tuple[Tensor, ...], grads: tuple[Tensor, ...]) -> tuple:
+    """The gradient by the reference, differentiable only where that is asked for."""
+    differentiable = second_order()
+    with torch.enable_grad():
+        found = reference_vjp(meaning, tensors, grads)
+    return found if differentiable else tuple(g if g is None else g.detach() for g in found)
 
 
 def _lists(tensors: Sequence[Tensor], layers: int, kinds: int = 7) -> list[list[Tensor]]:
@@ -229,7 +236,7 @@ def lu_weights(
     else:
         found = value or _forward[backend](*_lists(factors, layers), actnorm_gain, inverse)
     if value is None:
-        _refuse_singular("log_s", found[2], found[0])
+        _refuse_infinite(log_s, found[2])
     return found
 
 
@@ -253,9 +260,8 @@ def dense_weights(
     _actnorm(actnorm_log_scale, actnorm_bias, layers, rows)
     tensors = (*weight, *actnorm_log_scale, *actnorm_bias)
     if value is None:
-        found = dense_reference(weight, actnorm_log_scale, actnorm_bias, actnorm_gain, inverse)
-        _refuse_singular("weight", found[2], found[0])
-        return found
+        _refuse_singular(weight)
+        return dense_reference(weight, actnorm_log_scale, actnorm_bias, actnorm_gain, inverse)
     return _Dense.apply(value, layers, actnorm_gain, inverse, *tensors) if any_grad(*tensors) else value
 
 
@@ -291,14 +297,26 @@ def _actnorm(log_scale: Sequence[Tensor], bias: Sequence[Tensor], layers: int, l
         _factors("actnorm_bias", bias, layers, 1, like)
 
 
-def _refuse_singular(name: str, logdet: Tensor, matrix: Tensor) -> None:
-    """Where the host may look: a matrix whose log-determinant is not a number has no inverse."""
-    if logdet.device.type != "cpu" or torch.compiler.is_compiling() or _backend.transformed():
-        return
-    finite = torch.isfinite(logdet.detach())
-    if finite.all():
+def _readable(tensor: Tensor) -> bool:
+    """May the host look at a value without waiting for a device, inside of no trace and no transform?"""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling() and not _backend.transformed()
+
+
+def _refuse_infinite(log_s: Sequence[Tensor], logdet: Tensor) -> None:
+    if not _readable(logdet) or (finite := torch.isfinite(logdet.detach())).all():
         return
     k = int(finite.logical_not().nonzero()[0])
-    values = matrix[k].detach().double()
-    condition = torch.linalg.cond(values).item() if values.isfinite().all() else float("inf")
-    raise ValueError(f"{name}[{k}]: the matrix is singular: log|det| is {logdet[k].item()}, its condition {condition:.3g}")
+    raise ValueError(f"log_s[{k}]: the matrix is singular, its condition inf: log s is {log_s[k].detach().tolist()}")
+
+
+def _refuse_singular(weight: Sequence[Tensor]) -> None:
+    """No W whose condition in the 1-norm is beyond float64: its inverse and log-determinant would be noise."""
+    if not _readable(weight[0]):
+        return
+    stacked = torch.stack(list(weight)).detach().double()
+    inverse = torch.linalg.inv_ex(stacked).inverse
+    condition = torch.linalg.matrix_norm(stacked, 1) * torch.linalg.matrix_norm(inverse, 1)
+    if (fine := condition < 1 / torch.finfo(torch.float64).eps).all():  # NaN is not fine
+        return
+    k = int(fine.logical_not().nonzero()[0])
+    raise ValueError(f"weight[{k}]: the matrix is singular, its condition {condition[k].item():.3g}")

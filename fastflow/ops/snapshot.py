@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastflow.ops import _backend
 
-__all__ = ["Snapshot", "snapshot"]
+__all__ = ["Snapshot", "readable", "snapshot"]
 
 
 class Snapshot(Protocol):
@@ -34,8 +34,15 @@ class _Copies:
         )
 
 
-def snapshot(tensors: Sequence[Tensor]) -> Snapshot | None:
-    """A snapshot, or None where the host must not look: another device, a trace, a transform.
+def readable(tensors: Sequence[Tensor]) -> bool:
+    """May the host look at these tensors? Not on another device, nor under a trace or a transform."""
+    if torch.compiler.is_compiling() or _backend.transformed():
+        return False
+    return all(t.device.type == "cpu" and type(t) in (Tensor, torch.nn.Parameter) for t in tensors)
+
+
+def snapshot(tensors: Sequence[Tensor]) -> Snapshot:
+    """A snapshot of :func:`readable` tensors.
 
     >>> x = torch.zeros(3)
     >>> saved = snapshot([x])
@@ -43,10 +50,6 @@ def snapshot(tensors: Sequence[Tensor]) -> Snapshot | None:
     >>> saved.matches([x])
     False
     """
-    if torch.compiler.is_compiling() or _backend.transformed():
-        return None
-    if any(t.device.type != "cpu" or type(t) not in (Tensor, torch.nn.Parameter) for t in tensors):
-        return None
     library = _backend.module("cpu")
     if library.unavailable() is None and all(t.dim() <= 3 for t in tensors):
         return library.kernel("Snapshot")(list(tensors))

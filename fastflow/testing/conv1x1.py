@@ -37,7 +37,7 @@ def _factors(layers: int, n: int, actnorm: bool, dense: bool) -> Inputs:
             "permutation": torch.stack([torch.randperm(n, generator=generator) for _ in range(layers)]),
         }
     if actnorm:
-        made |= {"log_scale": 0.3 * randn(layers, n, seed=7), "shift": randn(layers, n, seed=8)}
+        made |= {"log_scale": 0.1 * randn(layers, n, seed=7), "shift": randn(layers, n, seed=8)}
     return made
 
 
