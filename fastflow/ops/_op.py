@@ -32,7 +32,7 @@ def op(schema: str, kernel: str | None = None) -> Callable[[Callable[..., Any]],
         for backend in _backend.NATIVE:
 
             def run(*arguments: Any, backend: str = backend) -> Any:
-                return body(_backend.module(backend).kernel(kernel), *arguments)
+                return body(_backend.NATIVE[backend].kernel(kernel), *arguments)
 
             qualified = f"fastflow::{name}.{backend}"
             _LIBRARY.define(f"{name}.{backend}({signature}")
