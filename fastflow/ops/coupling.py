@@ -214,19 +214,15 @@ class _Coupling(torch.autograd.Function):
     """Saves x and the parameters; or, written in place, y and the parameters."""
 
     @staticmethod
-    def forward(backend, in_place, save_output, x, params, raw, amplitude, index, running, *options):
+    def forward(ctx, backend, in_place, save_output, x, params, raw, amplitude, index, running, *options):
         if in_place:
-            return x, _forward_out[backend](x, params, raw, amplitude, index, running, x, *options)
-        return _forward[backend](x, params, raw, amplitude, index, running, *options)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.backend, in_place, ctx.from_output, x, *parameters = inputs[:8]
-        ctx.options = inputs[9:]
-        ctx.has_running = inputs[8] is not None
-        if in_place:
+            y, logdet = x, _forward_out[backend](x, params, raw, amplitude, index, running, x, *options)
             ctx.mark_dirty(x)
-        ctx.save_for_backward(output[0] if ctx.from_output else x, *parameters)
+        else:
+            y, logdet = _forward[backend](x, params, raw, amplitude, index, running, *options)
+        ctx.backend, ctx.options, ctx.from_output, ctx.has_running = backend, options, save_output, running is not None
+        ctx.save_for_backward(y if save_output else x, params, raw, amplitude, index)
+        return y, logdet
 
     @staticmethod
     def backward(ctx, gy, glogdet):

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+PLAIN = (Tensor, torch.nn.Parameter)  # a subclass may hold its values elsewhere
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 _LIBRARIES = {"AVX512": ("avx512", "avx2", "baseline"), "AVX2": ("avx2", "baseline")}
@@ -59,6 +60,8 @@ def refuses(tensors: Iterable[Tensor | None]) -> str | None:
             return f"a tensor is on {tensor.device}"
         if tensor.dtype not in DTYPES:
             return f"a tensor has dtype {tensor.dtype}"
+        if type(tensor) not in PLAIN:
+            return f"a tensor is a {type(tensor).__name__}"
     return None
 
 
