@@ -2,6 +2,18 @@
 
 from fastflow.ops._backend import BackendError, use_backend
 from fastflow.ops.coupling import additive_coupling, affine_coupling
+from fastflow.ops.gaussian import gaussian_log_prob, gaussian_sample
+from fastflow.ops.gaussian_kl import gaussian_kl
 from fastflow.ops.scale_map import ScaleMap, scale_map
 
-__all__ = ["BackendError", "ScaleMap", "additive_coupling", "affine_coupling", "scale_map", "use_backend"]
+__all__ = [
+    "BackendError",
+    "ScaleMap",
+    "additive_coupling",
+    "affine_coupling",
+    "gaussian_kl",
+    "gaussian_log_prob",
+    "gaussian_sample",
+    "scale_map",
+    "use_backend",
+]
