@@ -2,6 +2,21 @@
 
 from fastflow.ops._backend import BackendError, use_backend
 from fastflow.ops.coupling import additive_coupling, affine_coupling
+from fastflow.ops.mlp_trace import mlp_trace
 from fastflow.ops.scale_map import ScaleMap, scale_map
+from fastflow.ops.trace import TraceEstimate, bottleneck_trace, exact_trace, hutchinson, probes
 
-__all__ = ["BackendError", "ScaleMap", "additive_coupling", "affine_coupling", "scale_map", "use_backend"]
+__all__ = [
+    "BackendError",
+    "ScaleMap",
+    "TraceEstimate",
+    "additive_coupling",
+    "affine_coupling",
+    "bottleneck_trace",
+    "exact_trace",
+    "hutchinson",
+    "mlp_trace",
+    "probes",
+    "scale_map",
+    "use_backend",
+]
