@@ -183,15 +183,13 @@ class _MlpTrace(torch.autograd.Function):
     """Saves x, the probes, the parameters and the rows of the hidden layers."""
 
     @staticmethod
-    def forward(backend, wide, layer, activation, x, t, probes, *params):
+    def forward(ctx, backend, wide, layer, activation, x, t, probes, *params):
         run = _wide_forward if wide else _forward
-        return run[backend](x, t, probes, params, layer, activation, True)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.backend, ctx.wide, ctx.layer, ctx.activation, *tensors = inputs
-        ctx.mark_non_differentiable(output[2])
-        ctx.save_for_backward(output[2], *tensors)
+        value, trace, saved = run[backend](x, t, probes, params, layer, activation, True)
+        ctx.backend, ctx.wide, ctx.layer, ctx.activation = backend, wide, layer, activation
+        ctx.mark_non_differentiable(saved)
+        ctx.save_for_backward(saved, x, t, probes, *params)
+        return value, trace, saved
 
     @staticmethod
     def backward(ctx, gvalue, gtrace, _):
