@@ -58,7 +58,9 @@ class Tiny(nn.Module):
         self.log_scale = nn.Parameter(torch.zeros(dims))
         self.shift = nn.Parameter(torch.zeros(dims))
         self.net = nn.Sequential(
-            nn.Linear(self.half, hidden), nn.ReLU(), nn.Dropout(dropout),
+            nn.Linear(self.half, hidden),
+            nn.ReLU(),
+            nn.Dropout(dropout),
             nn.Linear(hidden, 2 * (dims - self.half)),
         )
         self.register_buffer("initialized", torch.tensor(False))
@@ -139,8 +141,7 @@ def run(digits, out, steps, resume=False, **changes):
     torch.manual_seed(7)
     model = Tiny(digits.shape)
     torch.manual_seed(steps)  # once there is a model, the caller's generator must not matter
-    result = train(model, digits, settings(steps=steps, **changes), out,
-                   resume=resume, progress=False)
+    result = train(model, digits, settings(steps=steps, **changes), out, resume=resume, progress=False)
     return model, result
 
 
@@ -158,8 +159,7 @@ def sample_command(*arguments):
 
 def worker(*arguments, ranks=1):
     """The command line of a process of its own, as a list."""
-    launcher = [] if ranks == 1 else ["-m", "torch.distributed.run", "--standalone",
-                                      "--nproc_per_node", str(ranks)]
+    launcher = [] if ranks == 1 else ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
     return [sys.executable, *launcher, __file__, *(str(a) for a in arguments)]
 
 
@@ -422,6 +422,7 @@ def test_a_crash_leaves_the_previous_checkpoint(tmp_path, monkeypatch, call):
                 raise SystemExit("crash")
             calls.append(real)
             return real(*args)
+
         return step
 
     with monkeypatch.context() as patch:
@@ -509,16 +510,17 @@ def test_resume_is_bit_identical(digits, tmp_path, first, last):
     assert result.step == last
     for name, value in straight.state_dict().items():
         assert torch.equal(value, resumed.state_dict()[name]), name
-    (meta, want), (_, have) = (load_checkpoint(tmp_path / d / "checkpoint")
-                               for d in ("straight", "broken"))
+    (meta, want), (_, have) = (load_checkpoint(tmp_path / d / "checkpoint") for d in ("straight", "broken"))
     assert want.keys() == have.keys()
     assert {name.split("/")[0] for name in want} == {"model", "ema", "optimizer"}
     for name in want:
         assert torch.equal(want[name], have[name]), name
     assert meta["step"] == last
     assert not torch.equal(want["model/shift"], want["ema/shift"])
-    lines = [[r for r in metrics.read_metrics(tmp_path / d / "metrics.jsonl") if "train" in r]
-             for d in ("straight", "broken")]
+    lines = [
+        [r for r in metrics.read_metrics(tmp_path / d / "metrics.jsonl") if "train" in r]
+        for d in ("straight", "broken")
+    ]
     assert lines[0] == lines[1]
 
 
@@ -576,9 +578,19 @@ def test_bf16_and_averages(digits, tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("epochs", 0), ("steps", 0), ("batch_size", -1), ("lr", 0.0), ("lr", math.nan), ("clip", -1.0),
-     ("cooldown", 1.5),
-     ("ema", 1.0), ("warmup", -1), ("seed", -1), ("eval_every", 0)],
+    [
+        ("epochs", 0),
+        ("steps", 0),
+        ("batch_size", -1),
+        ("lr", 0.0),
+        ("lr", math.nan),
+        ("clip", -1.0),
+        ("cooldown", 1.5),
+        ("ema", 1.0),
+        ("warmup", -1),
+        ("seed", -1),
+        ("eval_every", 0),
+    ],
 )
 def test_bad_settings_are_named(name, value):
     with pytest.raises(ValueError, match=name):
@@ -604,8 +616,10 @@ def test_a_signal_leaves_a_usable_checkpoint(tmp_path, tiny, number):
     out = tmp_path / "run"
     arguments = ("tiny", "--data", "digits", "--out", out)
     with subprocess.Popen(
-        worker(*arguments, "--steps", 10**6, "--eval-every", 5), env=environment(),
-        stdout=subprocess.PIPE, text=True,
+        worker(*arguments, "--steps", 10**6, "--eval-every", 5),
+        env=environment(),
+        stdout=subprocess.PIPE,
+        text=True,
     ) as process:
         assert "held-out" in process.stdout.readline()  # it trains
         process.send_signal(number)
@@ -623,8 +637,7 @@ def test_two_ranks_repeat_one_process(tmp_path, tiny):
     arguments = ("tiny", "--data", "digits", "--steps", 26, "--device", "cpu", "--seed", 5)
     RECIPES["tiny"]["digits"] = no_dropout()
     assert command(*arguments, "--out", tmp_path / "one") == 0
-    subprocess.run(worker(*arguments, "--out", tmp_path / "two", ranks=2), env=environment(),
-                   check=True, timeout=120)
+    subprocess.run(worker(*arguments, "--out", tmp_path / "two", ranks=2), env=environment(), check=True, timeout=120)
     one, two = (metrics.read_metrics(tmp_path / d / "metrics.jsonl") for d in ("one", "two"))
     assert len(one) == len(two) == 28
     for want, have in zip(one, two, strict=True):
@@ -646,8 +659,7 @@ def test_importing_needs_no_optional_package():
         "import sys, torch; before = set(sys.modules); import fastflow.train, fastflow.train.cli; "
         f"print([m for m in {optional} if m in set(sys.modules) - before])"
     )
-    done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True,
-                          text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 
 
@@ -724,16 +736,14 @@ def test_glow_on_64_digits(tmp_path, digits):
     assert command(*arguments, "--out", tmp_path / "straight", "--steps", 5) == 0
     assert command(*arguments, "--out", tmp_path / "broken", "--steps", 2) == 0
     assert command(*arguments, "--out", tmp_path / "broken", "--steps", 5, "--resume") == 0
-    (meta, want), (_, have) = (load_checkpoint(tmp_path / d / "checkpoint")
-                               for d in ("straight", "broken"))
+    (meta, want), (_, have) = (load_checkpoint(tmp_path / d / "checkpoint") for d in ("straight", "broken"))
     assert meta["model"]["name"] == "Glow" and meta["data"]["levels"] == 17
     assert want.keys() == have.keys()
     for name in want:
         assert torch.equal(want[name], have[name]), name
     model, _ = load_model(tmp_path / "broken")
     data = load_data("npz", path)
-    held_out = [r["held_out"] for r in metrics.read_metrics(tmp_path / "broken" / "metrics.jsonl")
-                if "held_out" in r]
+    held_out = [r["held_out"] for r in metrics.read_metrics(tmp_path / "broken" / "metrics.jsonl") if "held_out" in r]
     assert evaluate(model, data) == pytest.approx(held_out[-1], rel=1e-5)
     assert sample_command(tmp_path / "broken", "--out", tmp_path / "x.png", "--n", 2) == 0
 

@@ -26,9 +26,7 @@ def has_checkpoint(directory: str | Path) -> bool:
     return (Path(directory) / _INDEX).is_file()
 
 
-def save_checkpoint(
-    directory: str | Path, meta: dict[str, Any], tensors: dict[str, Tensor]
-) -> None:
+def save_checkpoint(directory: str | Path, meta: dict[str, Any], tensors: dict[str, Tensor]) -> None:
     """Replaces the checkpoint in `directory` by `meta` (JSON values) and `tensors`, atomically."""
     encode = need("safetensors.torch", "safetensors").save
     directory = Path(directory)
@@ -110,9 +108,7 @@ def load_module(module: nn.Module, tensors: dict[str, Tensor], prefix: str) -> N
     module.load_state_dict(have)
 
 
-def optimizer_state(
-    optimizer: torch.optim.Optimizer, module: nn.Module
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def optimizer_state(optimizer: torch.optim.Optimizer, module: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The optimiser's (scalars, tensors), named after the parameters of `module`."""
     names = {parameter: name for name, parameter in module.named_parameters()}
     scalars: dict[str, Any] = {"groups": [], "state": {}}
@@ -143,8 +139,7 @@ def load_optimizer(
     for path, value in _under(tensors, "optimizer").items():
         name, _, key = path.rpartition("/")
         state.setdefault(numbers[name], {})[key] = _like(parameters[name], value)
-    groups = [{**settings, "params": [numbers[name] for name in settings["params"]]}
-              for settings in scalars["groups"]]
+    groups = [{**settings, "params": [numbers[name] for name in settings["params"]]} for settings in scalars["groups"]]
     optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
@@ -157,4 +152,4 @@ def _like(parameter: Tensor, value: Tensor) -> Tensor:
 
 def _under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     start = f"{prefix}/"
-    return {name[len(start):]: t for name, t in tensors.items() if name.startswith(start)}
+    return {name[len(start) :]: t for name, t in tensors.items() if name.startswith(start)}

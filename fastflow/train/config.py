@@ -42,8 +42,7 @@ class TrainConfig:
     bf16: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "steps", "batch_size", "init_batch", "eval_every",
-                     "checkpoint_every"):
+        for name in ("epochs", "steps", "batch_size", "init_batch", "eval_every", "checkpoint_every"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"{name}: expected at least 1, got {value}")
@@ -63,9 +62,7 @@ class TrainConfig:
     def steps_per_epoch(self, images: int) -> int:
         """Full batches in `images` training images; raises `UserError` if there is none."""
         if self.batch_size > images:
-            raise UserError(
-                f"batch_size: expected at most the {images} training images, got {self.batch_size}"
-            )
+            raise UserError(f"batch_size: expected at most the {images} training images, got {self.batch_size}")
         return images // self.batch_size
 
     def total_steps(self, images: int) -> int:

@@ -96,8 +96,7 @@ def _digits() -> Images:
 
 
 def _mnist(root: Path) -> Images:
-    train, test = (read_idx(_find_idx(root, f"{part}-images-idx3-ubyte")) for part in
-                   ("train", "t10k"))
+    train, test = (read_idx(_find_idx(root, f"{part}-images-idx3-ubyte")) for part in ("train", "t10k"))
     if train.ndim != 3 or train.shape[1:] != test.shape[1:]:
         raise UserError(
             f"{root}: expected train and test images [N, H, W] of one size, "
@@ -120,18 +119,13 @@ def read_idx(path: Path) -> Tensor:
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise UserError(f"{path}: expected a whole gzip file ({error})") from error
     if len(raw) < 4 or raw[:3] != b"\0\0\x08":
-        raise UserError(
-            f"{path}: expected the magic 00 00 08 of IDX bytes, got {raw[:4].hex(' ')}"
-        )
+        raise UserError(f"{path}: expected the magic 00 00 08 of IDX bytes, got {raw[:4].hex(' ')}")
     header = 4 + 4 * raw[3]
     if len(raw) < header:
         raise UserError(f"{path}: expected an IDX header of {header} bytes, got {len(raw)}")
     shape = struct.unpack(f">{raw[3]}I", raw[4:header])
     if len(raw) != header + math.prod(shape):
-        raise UserError(
-            f"{path}: expected {math.prod(shape)} bytes of data {list(shape)}, "
-            f"got {len(raw) - header}"
-        )
+        raise UserError(f"{path}: expected {math.prod(shape)} bytes of data {list(shape)}, got {len(raw) - header}")
     if not math.prod(shape):
         raise UserError(f"{path}: expected at least one value, got shape {list(shape)}")
     return torch.frombuffer(bytearray(raw), dtype=torch.uint8, offset=header).view(shape)
@@ -203,8 +197,7 @@ def _npz(path: Path) -> Images:
     train, test = arrays
     if train.shape[1:] != test.shape[1:]:
         raise UserError(
-            f"{path}: expected train and test of one size, "
-            f"got {list(train.shape[1:])} and {list(test.shape[1:])}"
+            f"{path}: expected train and test of one size, got {list(train.shape[1:])} and {list(test.shape[1:])}"
         )
     return Images("npz", train, test, levels)
 
@@ -228,12 +221,9 @@ def _npz_images(path: Path, archive, name: str, levels: int) -> Tensor:
     array = _npz_array(path, archive, name)
     if array.dtype != "uint8" or array.ndim not in (3, 4) or not array.size:
         raise UserError(
-            f"{path}: expected {name!r} to be uint8 [N, H, W] or [N, C, H, W], "
-            f"got {array.dtype} {list(array.shape)}"
+            f"{path}: expected {name!r} to be uint8 [N, H, W] or [N, C, H, W], got {array.dtype} {list(array.shape)}"
         )
     images = torch.from_numpy(array)
     if int(images.max()) >= levels:
-        raise UserError(
-            f"{path}: expected values of {name!r} below levels={levels}, got {int(images.max())}"
-        )
+        raise UserError(f"{path}: expected values of {name!r} below levels={levels}, got {int(images.max())}")
     return images[:, None] if images.ndim == 3 else images

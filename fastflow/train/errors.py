@@ -21,6 +21,4 @@ def need(module: str, package: str) -> ModuleType:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise MissingPackage(
-            f"this needs {package}, which is not installed: pip install 'fastflow[train]'"
-        ) from error
+        raise MissingPackage(f"this needs {package}, which is not installed: pip install 'fastflow[train]'") from error

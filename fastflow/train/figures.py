@@ -17,16 +17,13 @@ def _figure(width: float, height: float):
     return need("matplotlib.figure", "matplotlib").Figure((width, height), layout="constrained")
 
 
-def draw_samples(
-    rows: Sequence[Tensor], temperatures: Sequence[float], levels: int, path: str | Path
-) -> None:
+def draw_samples(rows: Sequence[Tensor], temperatures: Sequence[float], levels: int, path: str | Path) -> None:
     """Writes a PNG with one labelled row of samples for every temperature.
 
     `rows[i]` is uint8 [N, C, H, W] with values below `levels`, drawn at `temperatures[i]`.
     """
     n, _, height, width = rows[0].shape
-    figure = _figure(1 + 0.6 * n * width / max(height, width),
-                     0.3 + 0.68 * len(rows) * height / max(height, width))
+    figure = _figure(1 + 0.6 * n * width / max(height, width), 0.3 + 0.68 * len(rows) * height / max(height, width))
     axes = figure.subplots(len(rows), 1, squeeze=False)[:, 0]
     for axis, images, temperature in zip(axes, rows, temperatures, strict=True):
         axis.imshow(_strip(images, levels), interpolation="nearest")
@@ -40,8 +37,7 @@ def _strip(images: Tensor, levels: int):
     """The samples side by side, RGB [H, N*W + gaps, 3] in 0..1."""
     n, channels, height, width = images.shape
     strip = torch.ones(3, height, n, width + _GAP)
-    strip[..., :width] = (images.float() / (levels - 1)).expand(n, 3, height, width).permute(
-        1, 2, 0, 3)
+    strip[..., :width] = (images.float() / (levels - 1)).expand(n, 3, height, width).permute(1, 2, 0, 3)
     return strip.reshape(3, height, -1)[..., :-_GAP].permute(1, 2, 0).numpy()
 
 

@@ -67,14 +67,11 @@ def train(
     """
     out = Path(out)
     if config.batch_size % world():
-        raise UserError(
-            f"batch_size: expected a multiple of the {world()} ranks, got {config.batch_size}"
-        )
+        raise UserError(f"batch_size: expected a multiple of the {world()} ranks, got {config.batch_size}")
     if not resume and out.exists() and any(out.iterdir()):
         raise UserError(f"{out}: expected an empty folder for a new run; --resume continues one")
     per_epoch, steps = config.steps_per_epoch(len(data.train)), config.total_steps(len(data.train))
-    state = restore(model, data, config, out / "checkpoint") if resume else (
-        start(model, data, config))
+    state = restore(model, data, config, out / "checkpoint") if resume else (start(model, data, config))
     if rank() == 0:
         out.mkdir(parents=True, exist_ok=True)
         truncate_metrics(out / "metrics.jsonl", state.step)
@@ -101,11 +98,12 @@ def train(
             pending.clear()
             if evaluating:
                 _evaluate(state, data, config)
-                records.append({"step": state.step, "epoch": records[-1]["epoch"],
-                                "held_out": state.held_out})
-                bar.say(f"step {state.step:6d}   epoch {state.step / per_epoch:6.2f}   "
-                        f"train {records[-2]['train']:.3f}   "
-                        f"held-out {state.held_out:.3f} bits/dim")
+                records.append({"step": state.step, "epoch": records[-1]["epoch"], "held_out": state.held_out})
+                bar.say(
+                    f"step {state.step:6d}   epoch {state.step / per_epoch:6.2f}   "
+                    f"train {records[-2]['train']:.3f}   "
+                    f"held-out {state.held_out:.3f} bits/dim"
+                )
             if rank() == 0:
                 append_metrics(out / "metrics.jsonl", records)
             if saving or stopped:
@@ -139,9 +137,7 @@ def _due(step: int, every: int, steps: int) -> bool:
     return step % every == 0 or step == steps
 
 
-def _next_batch(
-    data: Images, config: TrainConfig, step: int, per_epoch: int, device: torch.device
-) -> Tensor:
+def _next_batch(data: Images, config: TrainConfig, step: int, per_epoch: int, device: torch.device) -> Tensor:
     """This rank's share of the batch that follows `step` finished steps."""
     epoch, position = divmod(step, per_epoch)
     share = config.batch_size // world()
@@ -187,8 +183,7 @@ def _settle(
     for step, (lr, *_), (loss, norm) in zip(count(first), pending, figures, strict=False):
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise _diverged(f"loss {loss} and gradient norm {norm}", step + 1, lr, state)
-        records.append({"step": step + 1, "epoch": step // per_epoch, "train": loss,
-                        "grad_norm": norm, "lr": lr})
+        records.append({"step": step + 1, "epoch": step // per_epoch, "train": loss, "grad_norm": norm, "lr": lr})
     return records, asks[0] > 0
 
 
@@ -201,6 +196,7 @@ def _evaluate(state: State, data: Images, config: TrainConfig) -> None:
 
 
 def _diverged(what: str, step: int, lr: float, state: State) -> NonFiniteLoss:
-    kept = "no checkpoint had been written" if state.saved is None else (
-        f"the checkpoint of step {state.saved} is kept")
+    kept = (
+        "no checkpoint had been written" if state.saved is None else (f"the checkpoint of step {state.saved} is kept")
+    )
     return NonFiniteLoss(f"{what} at step {step}, learning rate {lr:g}; {kept}")

@@ -32,8 +32,7 @@ RECIPES: dict[str, dict[str, Recipe]] = {
         "mnist": Recipe(
             "Glow",
             {"levels": 2, "steps": 8, "hidden": 64},
-            TrainConfig(epochs=3, batch_size=32, lr=4e-3, warmup=100, cooldown=0.7, ema=0.998,
-                        checkpoint_every=500),
+            TrainConfig(epochs=3, batch_size=32, lr=4e-3, warmup=100, cooldown=0.7, ema=0.998, checkpoint_every=500),
         ),
         "images": Recipe(
             "Glow",
@@ -54,10 +53,7 @@ def find_recipe(model: str, data: str) -> Recipe:
     if model not in RECIPES:
         raise UserError(f"unknown model {model!r}: expected one of {', '.join(RECIPES)}")
     if data not in RECIPES[model]:
-        raise UserError(
-            f"no recipe of {model} for the data set {data!r}: "
-            f"expected one of {', '.join(RECIPES[model])}"
-        )
+        raise UserError(f"no recipe of {model} for the data set {data!r}: expected one of {', '.join(RECIPES[model])}")
     return RECIPES[model][data]
 
 
@@ -84,14 +80,11 @@ def build_model(name: str, config: Mapping[str, Any]) -> nn.Module:
         raise UserError(f"unknown model {name!r}: expected one of {', '.join(sorted(known))}")
     from .. import models
 
-    arguments = {key: tuple(value) if isinstance(value, list) else value
-                 for key, value in config.items()}
+    arguments = {key: tuple(value) if isinstance(value, list) else value for key, value in config.items()}
     return getattr(models, name)(**arguments)
 
 
-def load_model(
-    path: str | Path, device: torch.device | str = "cpu"
-) -> tuple[nn.Module, dict[str, Any]]:
+def load_model(path: str | Path, device: torch.device | str = "cpu") -> tuple[nn.Module, dict[str, Any]]:
     """The trained flow (its averaged weights) of a run or checkpoint folder, and the metadata.
 
     Raises `FileNotFoundError` or `UserError` naming what is missing or damaged.

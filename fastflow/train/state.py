@@ -42,9 +42,7 @@ def shuffled(seed: int, epoch: int, images: int) -> Tensor:
     return noise.permutation(noise.key(seed, noise.SHUFFLE, epoch), images)
 
 
-def training_batch(
-    data: Images, index: Tensor, seed: int, epoch: int, device: torch.device
-) -> Tensor:
+def training_batch(data: Images, index: Tensor, seed: int, epoch: int, device: torch.device) -> Tensor:
     """The training images `index` with the noise they have in `epoch`: float32 [B, C, H, W]."""
     u = noise.uniform(noise.key(seed, noise.DEQUANTIZE, epoch), index.to(device), data.dims)
     return dequantize(data.train[index].to(device), data.levels, u)
@@ -117,12 +115,16 @@ def _adam(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
 
 
 def _describe(data: Images) -> dict[str, Any]:
-    return {"name": data.name, "shape": list(data.shape), "levels": data.levels,
-            "train": len(data.train), "held_out": len(data.held_out)}
+    return {
+        "name": data.name,
+        "shape": list(data.shape),
+        "levels": data.levels,
+        "train": len(data.train),
+        "held_out": len(data.held_out),
+    }
 
 
 def _architecture(model: nn.Module) -> dict[str, Any]:
     """The class and its arguments as JSON has them: tuples become lists."""
-    config = {key: list(value) if isinstance(value, tuple) else value
-              for key, value in model.config.items()}
+    config = {key: list(value) if isinstance(value, tuple) else value for key, value in model.config.items()}
     return {"name": type(model).__name__, "config": config}
