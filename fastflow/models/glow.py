@@ -14,14 +14,14 @@ from torch.nn import functional as F
 
 from fastflow.nn.actnorm import ActNorm
 from fastflow.nn.base import Bijection
-from fastflow.nn.conv1x1 import InvertibleConv1x1, weights
+from fastflow.nn.conv1x1 import InvertibleConv1x1, Weights, weights
 from fastflow.nn.coupling import AdditiveCoupling, AffineCoupling
 from fastflow.nn.permutation import Permutation
 from fastflow.nn.reshape import Squeeze
 from fastflow.nn.split_prior import SplitPrior
 from fastflow.ops import gaussian_log_prob, gaussian_sample
 
-__all__ = ["Glow", "GlowStep", "ScaledConv2d", "conditioner", "PRESETS"]
+__all__ = ["Glow", "GlowStep", "NormConv2d", "ZeroConv2d", "ChannelPrior", "conditioner", "PRESETS"]
 
 Padding = Literal["zeros", "ones", "edge"]
 
@@ -68,7 +68,7 @@ class NormConv2d(nn.Module):
         self.norm = ActNorm(out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.norm.is_initialized:
+        if not self.norm.ready:
             with torch.no_grad():
                 self.norm.initialize(_conv2d(x, self.weight, None, self.padding))
         scale = torch.exp(self.norm.gain * self.norm.log_scale)
@@ -93,7 +93,13 @@ class ZeroConv2d(nn.Module):
 
 
 def conditioner(
-    in_channels: int, out_channels: int, hidden: int, *, norm: bool = True, padding: Padding = "zeros", gain: float = 3.0
+    in_channels: int,
+    out_channels: int,
+    hidden: int,
+    *,
+    norm: bool = True,
+    padding: Padding = "zeros",
+    gain: float = 3.0,
 ) -> nn.Sequential:
     """Conv 3x3, conv 1x1, zero-initialised conv 3x3, with ReLU between; [B, in, H, W] -> [B, out, H, W]."""
     edge = "edge" if padding == "edge" else "zeros"  # ones are for the last convolution only
@@ -123,7 +129,9 @@ class ChannelPrior(nn.Module):
         h = (self.value * torch.exp(self.gain * self.log_gain)).expand(len(x), -1)
         if self.classes is not None:
             if labels is None:
-                raise ValueError(f"context: this model is conditioned on {len(self.classes)} classes, got no labels [B]")
+                raise ValueError(
+                    f"context: this model is conditioned on {len(self.classes)} classes, got no labels [B]"
+                )
             h = h + self.classes[labels]
         return h[:, :, None, None].expand(-1, -1, *x.shape[2:])
 
@@ -138,10 +146,8 @@ class GlowStep(Bijection):
         super().__init__()
         self.actnorm, self.mix, self.coupling = actnorm, mix, coupling
 
-    def forward(
-        self, x: Tensor, context: Tensor | None = None, mixing: tuple[Tensor, Tensor, Tensor] | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """``mixing``: ActNorm and 1x1 convolution as one matrix, bias and log-determinant, made for all steps at once."""
+    def forward(self, x: Tensor, context: Tensor | None = None, mixing: Weights | None = None) -> tuple[Tensor, Tensor]:
+        """``mixing``: ActNorm and 1x1 convolution as one matrix, made for all steps at once."""
         if mixing is None:
             x, logdet = self.actnorm(x)
             x, more = self.mix(x)
@@ -151,9 +157,7 @@ class GlowStep(Bijection):
         z, more = self.coupling(x)
         return z, logdet + more
 
-    def inverse(
-        self, z: Tensor, context: Tensor | None = None, mixing: tuple[Tensor, Tensor, Tensor] | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def inverse(self, z: Tensor, context: Tensor | None = None, mixing: Weights | None = None) -> tuple[Tensor, Tensor]:
         x, logdet = self.coupling.inverse(z)
         if mixing is not None:
             x, more = self.mix.inverse(x, weights=mixing)
@@ -234,7 +238,9 @@ class Glow(nn.Module):
                 self.splits.append(self._split(channels))
                 channels -= channels // 2
         self.top_shape = (channels, height, width)
-        self.top = ChannelPrior(channels, classes) if top_prior == "learned" or classes else None
+        self.top = ChannelPrior(channels, classes)
+        if top_prior == "standard":
+            self.top.requires_grad_(False)  # zeros: mean 0 and log scale 0
         self.to(memory_format=torch.channels_last)
 
     @classmethod
@@ -265,10 +271,10 @@ class Glow(nn.Module):
     def _split(self, channels: int) -> SplitPrior:
         kept, out = channels - channels // 2, channels // 2
         if self.config["split_prior"] == "conditional":
-            network: nn.Module | None = ZeroConv2d(kept, 2 * out, self.config["padding"], self.config["net_gain"])
+            network = ZeroConv2d(kept, 2 * out, self.config["padding"], self.config["net_gain"])
             return SplitPrior(channels, network, packing="interleaved")
-        network = ChannelPrior(out) if self.config["split_prior"] == "learned" else None
-        return SplitPrior(channels, network, packing="chunk_ts")
+        learned = self.config["split_prior"] == "learned"
+        return SplitPrior(channels, ChannelPrior(out).requires_grad_(learned), packing="chunk_ts")
 
     # --- both directions --------------------------------------------------------------------------------
 
@@ -288,7 +294,7 @@ class Glow(nn.Module):
                 x, latent, log_prob = self.splits[level](x)
                 latents.append(latent)
                 total = total + log_prob
-        total = gaussian_log_prob(x, self._top(x, context), packing="chunk_ts", running=total)
+        total = gaussian_log_prob(x, self.top(x, context), packing="chunk_ts", running=total)
         return [*latents, x], total
 
     def decode(self, latents: Sequence[Tensor], context: Tensor | None = None) -> Tensor:
@@ -296,7 +302,7 @@ class Glow(nn.Module):
         *parts, x = latents
         for level in reversed(range(len(self.levels))):
             if level < len(self.splits):
-                x = self.splits[level].join(x, parts[level])
+                x, _ = self.splits[level].inverse(x, parts[level])
             x, _ = self._unmix(level, x)
         return x
 
@@ -309,15 +315,12 @@ class Glow(nn.Module):
             total = total + logdet
         return self.squeeze.inverse(x)[0], total
 
-    def _mixing(self, steps: nn.ModuleList, inverse: bool = False) -> list[tuple[Tensor, Tensor, Tensor] | None]:
-        """ActNorm and 1x1 convolution of all steps of a level in one call; None where a step has to set itself first."""
-        ready = all(step.actnorm.is_initialized and isinstance(step.mix, InvertibleConv1x1) for step in steps)
+    def _mixing(self, steps: nn.ModuleList, inverse: bool = False) -> list[Weights | None]:
+        """ActNorm and 1x1 convolution of all steps of a level in one call; None where one has to set itself first."""
+        ready = all(step.actnorm.ready and isinstance(step.mix, InvertibleConv1x1) for step in steps)
         if not ready:
             return [None] * len(steps)
         return weights([step.mix for step in steps], [step.actnorm for step in steps], inverse=inverse)
-
-    def _top(self, x: Tensor, context: Tensor | None) -> Tensor | None:
-        return None if self.top is None else self.top(x, context)
 
     # --- densities and samples --------------------------------------------------------------------------
 
@@ -335,17 +338,13 @@ class Glow(nn.Module):
         generator: torch.Generator | None = None,
     ) -> tuple[Tensor, Tensor]:
         """(x [n, C, H, W], log p(x) [n]) in one pass; the temperature multiplies the std of every noise."""
-        weight = next(self.parameters())
         noise = {"temperature": temperature, "generator": generator}
-        if self.top is None:
-            x, total = gaussian_sample(shape=(n, *self.top_shape), dtype=weight.dtype, device=weight.device, **noise)
-        else:
-            params = self.top(weight.new_empty(()).expand(n, *self.top_shape), context)
-            x, total = gaussian_sample(params, packing="chunk_ts", **noise)
+        params = self.top(self.top.value.new_empty(()).expand(n, *self.top_shape), context)
+        x, total = gaussian_sample(params, packing="chunk_ts", **noise)
         x = x.contiguous(memory_format=torch.channels_last)
         for level in reversed(range(len(self.levels))):
             if level < len(self.splits):
-                x, log_prob = self.splits[level].sample(x, **noise)
+                x, log_prob = self.splits[level].inverse(x, **noise)
                 total = total + log_prob
             x, logdet = self._unmix(level, x)
             total = total - logdet
@@ -365,6 +364,6 @@ class Glow(nn.Module):
     @torch.no_grad()
     def initialize(self, batch: Tensor, context: Tensor | None = None) -> None:
         """Data-dependent initialisation of every ActNorm, in order, from one batch; refuses a second one."""
-        if any(m.is_initialized for m in self.modules() if isinstance(m, ActNorm)):
+        if any(m.ready for m in self.modules() if isinstance(m, ActNorm)):
             raise RuntimeError("initialize: this model has been initialised already")
         self.encode(batch, context)
