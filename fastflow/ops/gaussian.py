@@ -137,14 +137,10 @@ def _sample_backward(kernel, noise, params, raw, gz, glogp, temperature, *option
 
 class _LogProb(torch.autograd.Function):
     @staticmethod
-    def forward(backend, z, params, raw, running, *options):
-        return _forward[backend](z, params, raw, running, *options)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.backend, z, params, raw, running, *ctx.options = inputs
-        ctx.has_running = running is not None
+    def forward(ctx, backend, z, params, raw, running, *options):
+        ctx.backend, ctx.options, ctx.has_running = backend, options, running is not None
         ctx.save_for_backward(z, params, raw)
+        return _forward[backend](z, params, raw, running, *options)
 
     @staticmethod
     def backward(ctx, glogp):
@@ -159,13 +155,10 @@ class _LogProb(torch.autograd.Function):
 
 class _Sample(torch.autograd.Function):
     @staticmethod
-    def forward(backend, noise, params, raw, *options):
-        return _sample[backend](noise, params, raw, *options)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.backend, noise, params, raw, *ctx.options = inputs
+    def forward(ctx, backend, noise, params, raw, *options):
+        ctx.backend, ctx.options = backend, options
         ctx.save_for_backward(noise, params, raw)
+        return _sample[backend](noise, params, raw, *options)
 
     @staticmethod
     def backward(ctx, gz, glogp):

@@ -56,13 +56,10 @@ def _backward(kernel, params, raw, prior, prior_raw, gkl, *options):
 
 class _KL(torch.autograd.Function):
     @staticmethod
-    def forward(backend, params, raw, prior, prior_raw, *options):
-        return _forward[backend](params, raw, prior, prior_raw, *options)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.backend, params, raw, prior, prior_raw, *ctx.options = inputs
+    def forward(ctx, backend, params, raw, prior, prior_raw, *options):
+        ctx.backend, ctx.options = backend, options
         ctx.save_for_backward(params, raw, prior, prior_raw)
+        return _forward[backend](params, raw, prior, prior_raw, *options)
 
     @staticmethod
     def backward(ctx, gkl):
