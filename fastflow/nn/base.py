@@ -16,6 +16,11 @@ def no_logdet(x: Tensor) -> Tensor:
     return x.new_zeros(x.shape[:1], dtype=accumulator(x.dtype))
 
 
+def channels_last(x: Tensor) -> bool:
+    """Do the channels of a position [B, C, H, W] lie side by side? True for a channel split of channels_last, too."""
+    return x.dim() == 4 and x.stride(1) == 1 and x.stride(3) >= x.shape[1]
+
+
 class Bijection(nn.Module):
     """An invertible layer: ``forward`` is data -> latent, ``inverse`` latent -> data.
 

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fastflow.nn.base import Bijection, no_logdet
+from fastflow.nn.base import Bijection, channels_last, no_logdet
 
 __all__ = ["Permutation"]
 
@@ -57,4 +57,6 @@ class Permutation(Bijection):
 def _permute(x: Tensor, indices: Tensor) -> Tensor:
     if x.dim() < 2 or x.shape[1] != len(indices):
         raise ValueError(f"x: expected {len(indices)} channels [B, C, ...], got {list(x.shape)}")
+    if channels_last(x):
+        return x.movedim(1, -1).index_select(-1, indices).movedim(-1, 1)
     return x.index_select(1, indices)

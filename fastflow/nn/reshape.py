@@ -6,7 +6,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from fastflow.nn.base import Bijection, no_logdet
+from fastflow.nn.base import Bijection, channels_last, no_logdet
 
 __all__ = ["Squeeze"]
 
@@ -44,7 +44,7 @@ class Squeeze(Bijection):
             raise ValueError(f"x: expected [B, C, H, W] with H and W divisible by {f}, got {list(x.shape)}")
         blocks = x.unflatten(2, (x.shape[2] // f, f)).unflatten(4, (x.shape[3] // f, f))  # [B, C, h, fh, w, fw]
         channels = tuple((1, 3, 5)[i] for i in _ORDERS[self.order])
-        if _channels_last(x):
+        if channels_last(x):
             z = blocks.permute(0, 2, 4, *channels).flatten(3).permute(0, 3, 1, 2)
         else:
             z = blocks.permute(0, *channels, 2, 4).flatten(1, 3)
@@ -58,7 +58,7 @@ class Squeeze(Bijection):
         sizes = (z.shape[1] // f**2, f, f)
         blocks = z.unflatten(1, [sizes[i] for i in order])  # [B, the three in their order, h, w]
         c, fh, fw = (1 + order.index(i) for i in range(3))
-        if _channels_last(z):
+        if channels_last(z):
             x = blocks.permute(0, 4, fh, 5, fw, c).flatten(3, 4).flatten(1, 2).permute(0, 3, 1, 2)
         else:
             x = blocks.permute(0, c, 4, fh, 5, fw).flatten(4, 5).flatten(2, 3)
@@ -66,8 +66,3 @@ class Squeeze(Bijection):
 
     def extra_repr(self) -> str:
         return f"factor={self.factor}, order={self.order!r}"
-
-
-def _channels_last(x: Tensor) -> bool:
-    """Do the channels of a position lie side by side? True for a channel split of channels_last, too."""
-    return x.stride(1) == 1 and x.stride(3) >= x.shape[1]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
 
@@ -18,8 +20,8 @@ class SplitPrior(nn.Module):
 
     Args:
         channels: C of z.
-        network: kept, or (kept, context) where a context is given, to [B, 2 * factored channels, ...]; None is a 3x3
-            convolution that starts at zero, so that the prior starts as the standard normal.
+        network: kept, or (kept, context) where a context is given, to [B, 2 * factored channels, ...]. ``"conv"`` is a
+            3x3 convolution that starts at zero, so that the prior starts as the standard normal; None stays there.
         packing, scale: how the network's output holds mean and raw scale, :func:`fastflow.gaussian_log_prob`.
 
     Paper: Glow, https://arxiv.org/abs/1807.03039.
@@ -27,15 +29,15 @@ class SplitPrior(nn.Module):
     >>> prior = SplitPrior(6)
     >>> z = torch.randn(2, 6, 4, 4)
     >>> kept, factored, logp = prior(z)
-    >>> again, same = prior.inverse(kept, factored)
-    >>> torch.equal(again, z), torch.equal(same, logp), kept.shape
-    (True, True, torch.Size([2, 3, 4, 4]))
+    >>> torch.equal(prior.join(kept, factored), z), logp.shape
+    (True, torch.Size([2]))
+    >>> z, logp = prior.sample(kept, temperature=0.7)
     """
 
     def __init__(
         self,
         channels: int,
-        network: nn.Module | None = None,
+        network: nn.Module | Literal["conv"] | None = "conv",
         packing: str = "interleaved",
         scale: str | ScaleMap = "exp",
     ) -> None:
@@ -43,7 +45,7 @@ class SplitPrior(nn.Module):
         if channels < 2:
             raise ValueError(f"channels: expected at least 2 to split, got {channels}")
         self.channels, self.kept = channels, channels - channels // 2
-        self.network = _zero_conv(self.kept, 2 * (channels // 2)) if network is None else network
+        self.network = _zero_conv(self.kept, 2 * (channels // 2)) if network == "conv" else network
         self.packing, self.scale = packing, scale
 
     def forward(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -54,28 +56,36 @@ class SplitPrior(nn.Module):
         params = self._params(kept, context)
         return kept, factored, gaussian_log_prob(factored, params, packing=self.packing, scale=self.scale)
 
-    def inverse(
+    def join(self, kept: Tensor, factored: Tensor) -> Tensor:
+        """z again from its parts."""
+        return torch.cat([kept, factored], 1)
+
+    def sample(
         self,
         kept: Tensor,
-        factored: Tensor | None = None,
         context: Tensor | None = None,
         temperature: float = 1.0,
         generator: torch.Generator | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """(z [B, C, ...], log-likelihood [B] of its factored part), which is sampled where it is not given.
+        """(z [B, C, ...] with its factored part sampled given kept, the log-likelihood [B] of that part).
 
-        ``temperature`` multiplies the standard deviation of the sample; the likelihood is the untempered one.
+        ``temperature`` multiplies the standard deviation; the likelihood is the untempered one.
         """
-        params, options = self._params(kept, context), {"packing": self.packing, "scale": self.scale}
-        if factored is None:
-            factored, logp = gaussian_sample(
-                params, temperature=temperature, generator=generator, dtype=kept.dtype, **options
-            )
-        else:
-            logp = gaussian_log_prob(factored, params, **options)
-        return torch.cat([kept, factored], 1), logp
+        factored, logp = gaussian_sample(
+            self._params(kept, context),
+            shape=(kept.shape[0], self.channels - self.kept, *kept.shape[2:]),
+            packing=self.packing,
+            scale=self.scale,
+            temperature=temperature,
+            generator=generator,
+            dtype=kept.dtype,
+            device=kept.device,
+        )
+        return self.join(kept, factored), logp
 
-    def _params(self, kept: Tensor, context: Tensor | None) -> Tensor:
+    def _params(self, kept: Tensor, context: Tensor | None) -> Tensor | None:
+        if self.network is None:
+            return None
         return self.network(kept) if context is None else self.network(kept, context)
 
     def extra_repr(self) -> str:
