@@ -28,6 +28,7 @@ class debug:  # noqa: N801  (used like torch.no_grad)
     back to what was before. On, every output is read once more; off, nothing is left behind. It sees modules that run
     eagerly, not the inside of a compiled graph.
 
+    >>> import torch
     >>> from fastflow.nn import Permutation
     >>> with debug():
     ...     Permutation(2)(torch.tensor([[1.0, float("nan")]]))
