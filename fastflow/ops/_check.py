@@ -49,7 +49,7 @@ def strided(tensor: Tensor | None) -> Tensor | None:
 
     Channel splits, interleaved halves, channels_last and expanded tensors are; a spatial slice is not.
     """
-    if tensor is None or tensor.dim() < 4:
+    if tensor is None or tensor.dim() < 4 or tensor.is_contiguous():
         return tensor
     shape, stride = tensor.shape, tensor.stride()
     size, step = shape[-1], stride[-1]

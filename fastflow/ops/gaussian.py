@@ -322,10 +322,11 @@ def gaussian_options(raw: Tensor | None, packing: str, scale: str | ScaleMap) ->
 def broadcast(name: str, tensor: Tensor, z: Tensor, channels: int, of: str) -> Tensor:
     """``tensor`` as a view [B, channels, ...]: given so, or with batch and positions of size 1, or as [channels]."""
     _check.floating(name, tensor, dims=1)
-    if tensor.dim() == 1 and tensor.shape[0] == channels:
-        tensor = tensor.view(1, -1, *[1] * (z.dim() - 2))
-    if tensor.dim() == z.dim() and (tensor.shape[0] != z.shape[0] or tensor.shape[2:] != z.shape[2:]):
-        free = (n == 1 and d != 1 for d, n in enumerate(tensor.shape))
-        tensor = tensor.expand([to if one else -1 for one, to in zip(free, z.shape, strict=True)])
+    if tensor.shape != (z.shape[0], channels, *z.shape[2:]):
+        if tensor.shape == (channels,):
+            tensor = tensor.view(1, -1, *[1] * (z.dim() - 2))
+        if tensor.dim() == z.dim():
+            sizes = zip(tensor.shape, (z.shape[0], tensor.shape[1], *z.shape[2:]), strict=True)
+            tensor = tensor.expand([to if size == 1 else size for size, to in sizes])
     _check.matching(name, tensor, z, (channels,), of)
     return tensor
