@@ -2,7 +2,7 @@
 
 from fastflow.ops._backend import BackendError, use_backend
 from fastflow.ops.coupling import additive_coupling, affine_coupling
-from fastflow.ops.mlp_trace import mlp_trace
+from fastflow.ops.trace_mlp import mlp_trace
 from fastflow.ops.scale_map import ScaleMap, scale_map
 from fastflow.ops.trace import TraceEstimate, bottleneck_trace, exact_trace, hutchinson, probes
 
