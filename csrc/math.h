@@ -57,7 +57,7 @@ FF_HD T infinity() {
 
 // --- exp ------------------------------------------------------------------------------------------
 
-// exp(r) - 1 on |r| <= ln2 / 2
+// e^r - 1 on |r| <= ln2 / 2
 FF_HD float expm1_reduced(float r) {
   float p = 1.9875691500e-4f;
   p = p * r + 1.3981999507e-3f;
@@ -76,11 +76,6 @@ FF_HD double expm1_reduced(double r) {
   return 2.0 * (p / (q - p));
 }
 
-template <class T>
-FF_HD T exp_reduced(T r) {
-  return expm1_reduced(r) + T(1);
-}
-
 // e^x; 0 below the smallest normal result, inf above the largest
 template <class T>
 FF_HD T exp(T x) {
@@ -96,17 +91,16 @@ FF_HD T exp(T x) {
   const Int half = k >> 1;
   const T low = bit_cast<T>(Int((half + F::bias) << F::mantissa));
   const T high = bit_cast<T>(Int((k - half + F::bias) << F::mantissa));
-  T y = exp_reduced(r) * low * high;
+  T y = (expm1_reduced(r) + T(1)) * low * high;
   y = x < F::exp_low ? T(0) : y;
   return x > F::exp_high ? infinity<T>() : y;
 }
 
-// e^x - 1 without cancellation near 0
+// e^x - 1, accurate near 0
 template <class T>
 FF_HD T expm1(T x) {
   const bool small = abs(x) < T(0.34);
-  const T near = expm1_reduced(small ? x : T(0)), far = exp(x) - T(1);
-  return small ? near : far;
+  return small ? expm1_reduced(small ? x : T(0)) : exp(x) - T(1);
 }
 
 // --- log ------------------------------------------------------------------------------------------
