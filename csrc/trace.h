@@ -7,7 +7,7 @@
 
 namespace fastflow {
 
-enum class Activation : int { tanh, softplus, elu, silu };  // as ACTIVATIONS in fastflow/ops/mlp_trace.py
+enum class Activation : int { tanh, softplus, elu, silu };  // as ACTIVATIONS in fastflow/ops/trace_mlp.py
 
 // Backward keeps the outputs (y, y') of a layer; of silu, whose output does not determine phi', the inputs (a, a').
 constexpr bool keeps_input(Activation kind) { return kind == Activation::silu; }

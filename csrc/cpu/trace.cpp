@@ -25,7 +25,7 @@ constexpr int64_t kChunks = 32;                // partial sums of the weights' g
 constexpr int64_t kColumns = 256;              // columns of a row between two looks at its tangents
 constexpr int64_t kParallelWork = 256 * 1024;  // multiply-adds below which a second thread costs more than it gives
 
-enum class Kind : int { concat, concat_squash, ignore };  // as LAYERS in fastflow/ops/mlp_trace.py
+enum class Kind : int { concat, concat_squash, ignore };  // as LAYERS in fastflow/ops/trace_mlp.py
 
 template <class T>
 T& at(const View& v, int64_t i = 0, int64_t j = 0, int64_t k = 0) {
@@ -305,33 +305,34 @@ void backward_block(const Net<T>& net, const View& x, const View& probes, const 
     for (int64_t d = 0; d < net.layers[0].in; ++d) at<T>(gx, first + b, d) = g[b * width + d];
 }
 
-// The chunks summed for unit i of layer l, and from its W and b on to the raw parameters; returns its part of g_t.
+// The chunks summed for unit i of layer l, and from its W and b on to the raw parameters; returns its part of g_t,
+// in double: t is one number that every unit of every layer adds to.
 template <class T>
-T unfold(const Net<T>& net, const Partials<T>& sums, int64_t l, int64_t i, const Parameters& g, T* row) {
+double unfold(const Net<T>& net, const Partials<T>& sums, int64_t l, int64_t i, const Parameters& g, T* row) {
   const Parameters& p = net.parameters[l];
   const int64_t n = p.in, width = padded(n), bias = p.out * width;
   std::fill(row, row + n, T(0));
-  T gb = T(0);
+  double gb = 0;
   for (int64_t c = 0; c < sums.chunks; ++c) {
     const T* from = sums.weight(c, l);
 #pragma omp simd
     for (int64_t k = 0; k < n; ++k) row[k] += from[i * width + k];
-    gb += from[bias + i];
+    gb += double(from[bias + i]);
   }
   const T gate = p.gate(i, net.t);
   for (int64_t k = 0; k < n; ++k) at<T>(g.weight, i, p.skip() + k) = gate * row[k];
-  at<T>(g.bias, i) = gate * gb;
-  if (p.kind == Kind::ignore) return T(0);
+  at<T>(g.bias, i) = T(gate * gb);
+  if (p.kind == Kind::ignore) return 0;
   if (p.kind == Kind::concat) {
-    at<T>(g.weight, i) = net.t * gb;
+    at<T>(g.weight, i) = T(net.t * gb);
     return gb * at<T>(p.weight, i);
   }
-  T dot = gb * at<T>(p.bias, i);
-  for (int64_t k = 0; k < n; ++k) dot += row[k] * at<T>(p.weight, i, k);
-  const T ginner = dot * gate * (T(1) - gate);
-  at<T>(g.gate_weight, i) = ginner * net.t;
-  at<T>(g.gate_bias, i) = ginner;
-  at<T>(g.hyper, i) = gb * net.t;
+  double dot = gb * at<T>(p.bias, i);
+  for (int64_t k = 0; k < n; ++k) dot += double(row[k]) * at<T>(p.weight, i, k);
+  const double ginner = dot * gate * (T(1) - gate);
+  at<T>(g.gate_weight, i) = T(ginner * net.t);
+  at<T>(g.gate_bias, i) = T(ginner);
+  at<T>(g.hyper, i) = T(gb * net.t);
   return ginner * at<T>(p.gate_weight, i) + gb * at<T>(p.hyper, i);
 }
 
@@ -348,13 +349,13 @@ void backward(const Net<T>& net, const View& x, const View& probes, const View& 
                              buffers);
   });
   const size_t each = graw.size() / net.layers.size();
-  T total = T(0);
+  double total = 0;
   std::vector<T> row(net.widest);
   for (int64_t l = 0; l < net.depth(); ++l) {
     const Parameters g(&graw[l * each], net.parameters[l].kind);
     for (int64_t i = 0; i < net.layers[l].out; ++i) total += unfold(net, sums, l, i, g, row.data());
   }
-  at<T>(gt) = total;
+  at<T>(gt) = T(total);
 }
 
 // --- what Python sees ---------------------------------------------------------------------------------

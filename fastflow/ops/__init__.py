@@ -4,9 +4,9 @@ from fastflow.ops._backend import BackendError, use_backend
 from fastflow.ops.coupling import additive_coupling, affine_coupling
 from fastflow.ops.gaussian import gaussian_log_prob, gaussian_sample
 from fastflow.ops.gaussian_kl import gaussian_kl
-from fastflow.ops.mlp_trace import mlp_trace
 from fastflow.ops.scale_map import ScaleMap, scale_map
 from fastflow.ops.trace import TraceEstimate, bottleneck_trace, exact_trace, hutchinson, probes
+from fastflow.ops.trace_mlp import mlp_trace
 
 __all__ = [
     "BackendError",

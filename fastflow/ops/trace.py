@@ -1,7 +1,7 @@
 """The trace of a Jacobian by random probes: tr A = E[e . A e] for any e of zero mean and unit covariance (Hutchinson).
 
 A probe can be contracted with the Jacobian J of f from the left (a reverse pass, eᵀJ) or from the right (a forward
-tangent, Je): the number is the same. For the MLPs of continuous flows see :mod:`fastflow.ops.mlp_trace`.
+tangent, Je): the number is the same. For the MLPs of continuous flows see :mod:`fastflow.ops.trace_mlp`.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastflow import ops
-from fastflow.ops.mlp_trace import _NAMES, _PARAMETERS, ACTIVATIONS, LAYERS
+from fastflow.ops.trace_mlp import _NAMES, _PARAMETERS, ACTIVATIONS, LAYERS
 from fastflow.testing.case import Case, Inputs, randn
 
 NARROW = {"tiny": (2, 2, (3,)), "odd": (37, 5, (33, 17, 7)), "bench": (512, 2, (64, 64, 64))}

@@ -187,12 +187,11 @@ class _MlpTrace(torch.autograd.Function):
         run = _wide_forward if wide else _forward
         value, trace, saved = run[backend](x, t, probes, params, layer, activation, True)
         ctx.backend, ctx.wide, ctx.layer, ctx.activation = backend, wide, layer, activation
-        ctx.mark_non_differentiable(saved)
         ctx.save_for_backward(saved, x, t, probes, *params)
-        return value, trace, saved
+        return value, trace
 
     @staticmethod
-    def backward(ctx, gvalue, gtrace, _):
+    def backward(ctx, gvalue, gtrace):
         saved, x, t, probes, *params = ctx.saved_tensors
         if second_order():
             meaning = partial(reference, layer=ctx.layer, activation=ctx.activation)
@@ -275,7 +274,7 @@ def _run(backend: str, tensors: tuple[Tensor, ...], layer: int, activation: int)
     x, t, probes, *params = tensors
     wide = max(x.shape[1], *(p[0].shape[0] for p in _layers(params, layer))) > FUSED_WIDTH
     if any_grad(*tensors):
-        return _MlpTrace.apply(backend, wide, layer, activation, *tensors)[:2]
+        return _MlpTrace.apply(backend, wide, layer, activation, *tensors)
     return (_wide_forward if wide else _forward)[backend](x, t, probes, params, layer, activation, False)[:2]
 
 
