@@ -34,7 +34,7 @@ def machine() -> dict[str, float]:
     return limits()
 
 
-@pytest.mark.parametrize("row", [pytest.param(r, marks=[pytest.mark.demo] if r.demo else [], id=r.id) for r in rows()])
+@pytest.mark.parametrize("row", rows(), ids=lambda row: row.id + (" (demo)" if row.demo else ""))
 def test_row(row: Row, benchmark: Any, machine: dict[str, float]) -> None:
     torch.compiler.reset()
     torch.manual_seed(0)

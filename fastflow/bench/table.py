@@ -48,7 +48,7 @@ def _rows(result: dict[str, Any], before: dict[str, Any] | None) -> list[list[st
             f"{ours['spread']:.0%}",
             f"{row['floor'] / ours['seconds']:.0%}" if row["floor"] else "",
             *(f"{others[n]['seconds'] / ours['seconds']:.2f}" if n in others else "" for n in rivals),
-            " / ".join(_megabytes(c["memory"]) for n, c in others.items() if n != "reference"),
+            " / ".join(_size(c["memory"]) for n, c in others.items() if n != "reference"),
             _verdict(row),
         ]
         if before:
@@ -85,7 +85,7 @@ def _notes(result: dict[str, Any]) -> list[str]:
         + f", {result['date'][:10]}.",
         f"Measured limits: triad {limits['triad'] / 1e9:.1f} GB/s, copy {limits['copy'] / 1e9:.1f} GB/s, "
         f"matrix product {limits['gemm'] / 1e9:.0f} GFLOP/s. Medians of interleaved runs; ± is the distance between "
-        "the quartiles; × NAME is the time of NAME over that of fastflow; memory is the peak of the call in the order "
+        "the quartiles; × NAME is the time of NAME over that of fastflow; memory is the peak of the call, of "
         "fastflow / eager / torch.compile (/ other).",
         *sorted(absent),
     ]
@@ -98,8 +98,11 @@ def _time(seconds: float) -> str:
     return f"{seconds / 1e-6:.3g} µs"
 
 
-def _megabytes(count: float) -> str:
-    return f"{count / 2**20:.3g}" + " MB"
+def _size(count: float) -> str:
+    for unit, size in (("G", 2**30), ("M", 2**20), ("K", 2**10)):
+        if count >= size:
+            return f"{count / size:.3g}{unit}"
+    return f"{count:g}"
 
 
 def main(result: str, document: str) -> None:
