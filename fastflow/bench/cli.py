@@ -88,6 +88,9 @@ def measure(family: str | None = None, demo: bool = False) -> dict[str, Any] | N
 class Reporter:
     """One line on stderr for every row as it runs, and the reason where one fails."""
 
+    def pytest_collectreport(self, report: Any) -> None:
+        self.pytest_runtest_logreport(report)
+
     def pytest_runtest_logstart(self, nodeid: str) -> None:
         print(nodeid.partition("[")[2].removesuffix("]"), file=sys.__stderr__, flush=True)
 

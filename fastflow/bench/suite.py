@@ -19,7 +19,7 @@ from fastflow.bench.machine import limits
 from fastflow.bench.measure import Rounds, calls_for, peak_memory, spread, timed
 from fastflow.bench.row import Contenders, Row
 
-FAMILIES = ("coupling",)
+FAMILIES = ("coupling", "gaussian", "trace")
 SECONDS = 4.0  # for the rounds of a row
 
 
@@ -34,7 +34,7 @@ def machine() -> dict[str, float]:
     return limits()
 
 
-@pytest.mark.parametrize("row", rows(), ids=lambda row: row.id + (" (demo)" if row.demo else ""))
+@pytest.mark.parametrize("row", tuple(rows()), ids=lambda row: row.id + (" (demo)" if row.demo else ""))
 def test_row(row: Row, benchmark: Any, machine: dict[str, float]) -> None:
     torch.compiler.reset()
     torch.manual_seed(0)
