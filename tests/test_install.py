@@ -1,4 +1,4 @@
-"""Installing: sdist and wheel built in isolation work where the checkout was never seen, with and without a compiler."""
+"""Sdist and wheel, built in isolation, work where the checkout was never seen, with and without a compiler."""
 
 import ast
 import os

@@ -68,11 +68,9 @@ def measure(family: str | None = None, demo: bool = False) -> dict[str, Any] | N
         settings, raw = Path(folder, "pytest.ini"), Path(folder, "raw.json")
         settings.write_text("[pytest]\n")  # not those of a project we may be called in
         chosen = ["-k", "demo" if demo else family or ""]
-        code = pytest.main(
-            ["-c", str(settings), "--rootdir", folder, "-p", "no:cacheprovider", "-p", "no:terminal", "--benchmark-only",
-             "--benchmark-quiet", f"--benchmark-json={raw}", "--pyargs", "fastflow.bench.suite", *chosen],
-            plugins=[Reporter()],
-        )  # fmt: skip
+        quiet = ["-p", "no:cacheprovider", "-p", "no:terminal", "--benchmark-quiet"]
+        where = ["-c", str(settings), "--rootdir", folder, "--pyargs", "fastflow.bench.suite"]
+        code = pytest.main([*quiet, *where, f"--benchmark-json={raw}", *chosen], plugins=[Reporter()])
         if code != 0:
             return None
         rows = [entry["extra_info"]["row"] for entry in json.loads(raw.read_text())["benchmarks"]]

@@ -67,7 +67,8 @@ def commit() -> str | None:
     here = Path(fastflow.__file__).parent
 
     def git(*arguments: str) -> str:
-        return subprocess.run(["git", "-C", here, *arguments], capture_output=True, text=True, check=True).stdout.strip()
+        command = ["git", "-C", str(here), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
         top = Path(git("rev-parse", "--show-toplevel"))

@@ -19,8 +19,9 @@ BEGIN, END = "<!-- benchmark: begin -->", "<!-- benchmark: end -->"
 def align(rows: Sequence[Sequence[str]]) -> str:
     """Columns as wide as they need be, the first flush left, the others right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    cells = [[c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(r, widths, strict=True))] for r in rows]
-    return "\n".join("  ".join(row).rstrip() for row in cells)
+    first, *rest = widths
+    lines = ([row[0].ljust(first), *map(str.rjust, row[1:], rest)] for row in rows)
+    return "\n".join("  ".join(line).rstrip() for line in lines)
 
 
 def text(result: dict[str, Any], before: dict[str, Any] | None = None) -> str:
