@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastflow.ops import cpu
 
-__all__ = ["NATIVE", "BACKENDS", "BackendError", "use_backend", "choose", "reasons"]
+__all__ = ["NATIVE", "BACKENDS", "BackendError", "use_backend", "choose", "reasons", "transformed"]
 
 NATIVE: dict[str, ModuleType] = {"cpu": cpu}  # the fastest first
 BACKENDS = (*NATIVE, "reference")
@@ -83,10 +83,11 @@ def _refusal(name: str, tensors: tuple[Tensor | None, ...]) -> str | None:
     backend = NATIVE[name]
     if (reason := backend.unavailable()) is not None:
         return reason
-    if not torch.compiler.is_compiling() and _transformed():
+    if not torch.compiler.is_compiling() and transformed():
         return "inside a torch.func transform or forward-mode differentiation"
     return backend.refuses(tensors)
 
 
-def _transformed() -> bool:
+def transformed() -> bool:
+    """Inside a torch.func transform or forward-mode differentiation, where tensors have no memory of their own?"""
     return torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0

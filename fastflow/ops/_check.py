@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["floating", "matching", "logdet_like", "strided"]
+__all__ = ["floating", "matching", "beside", "logdet_like", "strided"]
 
 FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -31,6 +31,19 @@ def matching(name: str, tensor: Tensor, x: Tensor, channels: tuple[int, ...] | N
     if tensor.shape[0] != x.shape[0] or tensor.shape[2:] != x.shape[2:] or tensor.shape[1] not in allowed:
         shapes = " or ".join(str([x.shape[0], c, *x.shape[2:]]) for c in dict.fromkeys(allowed))
         raise ValueError(f"{name}: expected shape {shapes} for {of} of shape {list(x.shape)}, got {list(tensor.shape)}")
+
+
+def beside(name: str, tensor: Tensor, x: Tensor, shape: tuple[int, ...]) -> None:
+    """A parameter that goes with x: its device, a compatible dtype, this shape."""
+    floating(name, tensor, 0)
+    if tensor.shape != shape:
+        raise ValueError(
+            f"{name}: expected shape {list(shape)} for x of shape {list(x.shape)}, got {list(tensor.shape)}"
+        )
+    if tensor.device != x.device:
+        raise ValueError(f"{name}: expected device {x.device} like x, got {tensor.device}")
+    if (tensor.dtype == torch.float64) != (x.dtype == torch.float64):
+        raise TypeError(f"{name}: float64 goes with float64 only, got {tensor.dtype} with x of {x.dtype}")
 
 
 def logdet_like(name: str, logdet: Tensor | None, x: Tensor, dtype: torch.dtype) -> None:

@@ -37,6 +37,10 @@ class Case:
     keep: tuple[str, ...] = field(default=())
     """Inputs that must stay as they are made: no other layout, no cast below float32."""
 
+    plain: Case | None = None
+    """Where ``run`` computes in float64 whatever its inputs are: the case in the dtype of its inputs throughout. How
+    large the rounding of float64 is shows there."""
+
     @property
     def id(self) -> str:
         return f"{self.family}-{self.name}"
