@@ -18,13 +18,6 @@ struct CouplingValue {
   T y, log_m;
 };
 
-template <int kind, class T>
-FF_HD T multiplier(const ScaleSlope<T>& scale, T sign) {
-  if constexpr (kind == kNone) return T(1);
-  if constexpr (kind == kExp || kind == kTanh || kind == kAtan || kind == kSoftClip) return exp(sign * scale.log_s);
-  return sign < T(0) ? T(1) / scale.s : scale.s;
-}
-
 template <int kind, bool add_first, class T>
 FF_HD CouplingValue<T> coupling(T x, T t, T h, T amplitude, const CouplingConstants<T>& c) {
   const ScaleSlope<T> scale = scale_slope<kind>(h, amplitude, c.map);

@@ -57,23 +57,23 @@ FF_HD T infinity() {
 
 // --- exp ------------------------------------------------------------------------------------------
 
-// exp(r) on |r| <= ln2 / 2
-FF_HD float exp_reduced(float r) {
+// e^r - 1 on |r| <= ln2 / 2
+FF_HD float expm1_reduced(float r) {
   float p = 1.9875691500e-4f;
   p = p * r + 1.3981999507e-3f;
   p = p * r + 8.3334519073e-3f;
   p = p * r + 4.1665795894e-2f;
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
-  return (p * r) * r + r + 1.f;
+  return (p * r) * r + r;
 }
 
-FF_HD double exp_reduced(double r) {
+FF_HD double expm1_reduced(double r) {
   const double r2 = r * r;
   const double p = r * ((1.26177193074810590878e-4 * r2 + 3.02994407707441961300e-2) * r2 + 9.99999999999999999910e-1);
   const double q =
       ((3.00198505138664455042e-6 * r2 + 2.52448340349684104192e-3) * r2 + 2.27265548208155028766e-1) * r2 + 2.0;
-  return 1.0 + 2.0 * (p / (q - p));
+  return 2.0 * (p / (q - p));
 }
 
 // e^x; 0 below the smallest normal result, inf above the largest
@@ -91,9 +91,16 @@ FF_HD T exp(T x) {
   const Int half = k >> 1;
   const T low = bit_cast<T>(Int((half + F::bias) << F::mantissa));
   const T high = bit_cast<T>(Int((k - half + F::bias) << F::mantissa));
-  T y = exp_reduced(r) * low * high;
+  T y = (expm1_reduced(r) + T(1)) * low * high;
   y = x < F::exp_low ? T(0) : y;
   return x > F::exp_high ? infinity<T>() : y;
+}
+
+// e^x - 1, accurate near 0
+template <class T>
+FF_HD T expm1(T x) {
+  const bool small = abs(x) < T(0.34);
+  return small ? expm1_reduced(small ? x : T(0)) : exp(x) - T(1);
 }
 
 // --- log ------------------------------------------------------------------------------------------

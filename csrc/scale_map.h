@@ -19,12 +19,6 @@ struct MapConstants {
 };
 
 template <class T>
-struct ScaleValue {
-  T log_s;  // log s(h)
-  T s;      // s(h)
-};
-
-template <class T>
 struct ScaleSlope {
   T log_s, s;
   T dlog_s;      // d log s / d h
@@ -71,6 +65,14 @@ FF_HD ScaleSlope<T> scale_slope(T h, T amplitude, const MapConstants<T>& c) {
     const T log_s = v / d;
     return {log_s, exp(log_s), c.gain / (d * d), T(0)};
   }
+}
+
+// e^{sign * log s}: the scale, or its reciprocal for sign = -1, without the log of a rounded scale
+template <int kind, class T>
+FF_HD T multiplier(const ScaleSlope<T>& scale, T sign) {
+  if constexpr (kind == kNone) return T(1);
+  if constexpr (kind == kExp || kind == kTanh || kind == kAtan || kind == kSoftClip) return exp(sign * scale.log_s);
+  return sign < T(0) ? T(1) / scale.s : scale.s;
 }
 
 }  // namespace fastflow

@@ -5,7 +5,7 @@ import pytest
 from fastflow import testing
 from fastflow.ops import _backend
 
-BACKENDS = [name for name in _backend.NATIVE if _backend.module(name).unavailable() is None]
+BACKENDS = [name for name, module in _backend.NATIVE.items() if module.unavailable() is None]
 
 
 @pytest.mark.parametrize("dtype", testing.DTYPES, ids=lambda d: str(d).removeprefix("torch."))

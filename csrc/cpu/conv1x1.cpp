@@ -56,7 +56,7 @@ void each_element(const View& v, const Tile& tile, const Copy& copy) {
   S* data = reinterpret_cast<S*>(v.data);
   each_stretch(v, tile, [&](int64_t offset, int64_t step, int64_t n, int64_t k) {
     const auto some = [&](int64_t from, int64_t stride, int64_t count, int64_t to) {
-      run(data + offset + from, stride, count, [&](S& element, int64_t i) { copy(element, to + i); });
+      run(data + offset + from, stride, to, count, copy);
     };
     if (!by_rows)
       for (int64_t c = 0; c < channels; ++c) some(c * between, step, n, c * kPositions + k);

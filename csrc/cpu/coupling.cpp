@@ -5,12 +5,12 @@
 #include <pybind11/stl.h>
 
 #include <array>
-#include <cmath>
 #include <tuple>
 
 #include "module.h"
 #include "packing.h"
 #include "rows.h"
+#include "scale_map.h"
 
 namespace fastflow {
 namespace {
@@ -22,13 +22,13 @@ struct Where {
 };
 
 // fastflow/ops/coupling.py: Options
-using Packed = std::tuple<int, int, bool, bool, double, std::array<double, 5>, std::array<int64_t, 4>>;
+using Packed = std::tuple<int, int, bool, bool, double, PackedMap, std::array<int64_t, 4>>;
 
 struct Options {
   int packing, kind;
   bool add_first, divide;
   double shift_gain;
-  std::array<double, 5> map;
+  PackedMap map;
   Where where;
 
   explicit Options(const Packed& p) {
@@ -92,6 +92,8 @@ const T* checkerboard(const Where& where, const Walk& walk, const Box& box, T* a
 // The channels that pass through unchanged.
 void copy_rest(const View& x, const View& y, const Where& where, const View& index) {
   if (x.data == y.data || where.parity >= 0) return;
+  // channels_last: one long copy, the changed channels included, is faster than many short ones
+  if (x.stride[1] < x.stride[2] && std::equal(x.stride, x.stride + 3, y.stride)) return copy(x, y);
   if (!index) {
     copy(x.channels(0, where.start), y.channels(0, where.start));
     copy(x.channels(where.stop, x.size[1] - where.stop), y.channels(where.stop, x.size[1] - where.stop));
@@ -108,8 +110,7 @@ void copy_rest(const View& x, const View& y, const Where& where, const View& ind
 
 template <class T>
 CouplingConstants<T> constants_of(const Options& o) {
-  const auto& m = o.map;
-  return {T(o.shift_gain), T(o.divide ? -1 : 1), {T(m[0]), T(m[1]), T(m[2]), T(m[3]), T(m[4]), T(std::log(m[2]))}};
+  return {T(o.shift_gain), T(o.divide ? -1 : 1), map_constants<T>(o.map)};
 }
 
 // The loops proper: contiguous arrays, constants by value, nothing that would keep the compiler from vectorising.
@@ -158,23 +159,7 @@ auto pick(int kind, bool add_first, bool elementwise, const F& f) {
     if (add_first) return elementwise ? f(kind, true_type(), true_type()) : f(kind, true_type(), false_type());
     return elementwise ? f(kind, false_type(), true_type()) : f(kind, false_type(), false_type());
   };
-  switch (kind) {
-#define FASTFLOW_KIND(k) \
-  case k:                \
-    return by_flags(std::integral_constant<int, k>());
-    FASTFLOW_KIND(kNone)
-    FASTFLOW_KIND(kExp)
-    FASTFLOW_KIND(kSigmoid)
-    FASTFLOW_KIND(kSigmoidEps)
-    FASTFLOW_KIND(kSoftplus)
-    FASTFLOW_KIND(kTanh)
-    FASTFLOW_KIND(kLinearTanh)
-    FASTFLOW_KIND(kAtan)
-    FASTFLOW_KIND(kSoftClip)
-#undef FASTFLOW_KIND
-    default:
-      throw std::invalid_argument("unknown scale map " + std::to_string(kind));
-  }
+  return with_kind(kind, by_flags);
 }
 
 template <class T>

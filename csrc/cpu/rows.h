@@ -123,17 +123,23 @@ class Walk {
 
 // --- load and store ---------------------------------------------------------------------------------
 
-// copy(element, buffer) over one run of a box; a run of stride 1 or 2 vectorises
+// copy(element, position in the box) over one run; long runs of stride 1 or 2 vectorise, short ones go by fours
 template <class S, class Copy>
-inline void run(S* p, int64_t stride, int64_t n, const Copy& copy) {
-  if (stride == 1) {
+inline void run(S* p, int64_t stride, int64_t k, int64_t n, const Copy& copy) {
+  int64_t i = 0;
+  if (stride == 1 && n >= 32) {
 #pragma omp simd
-    for (int64_t i = 0; i < n; ++i) copy(p[i], i);
-  } else if (stride == 2) {
+    for (int64_t j = 0; j < n; ++j) copy(p[j], k + j);
+  } else if (stride == 2 && n >= 32) {
 #pragma omp simd
-    for (int64_t i = 0; i < n; ++i) copy(p[2 * i], i);
+    for (int64_t j = 0; j < n; ++j) copy(p[2 * j], k + j);
+  } else if (stride == 1) {
+    for (; i + 4 <= n; i += 4)
+#pragma omp simd
+      for (int64_t j = 0; j < 4; ++j) copy(p[i + j], k + i + j);
+    for (; i < n; ++i) copy(p[i], k + i);
   } else {
-    for (int64_t i = 0; i < n; ++i) copy(p[i * stride], i);
+    for (; i < n; ++i) copy(p[i * stride], k + i);
   }
 }
 
@@ -141,15 +147,21 @@ template <class S, class Copy>
 void each_run(const View& v, const Walk& walk, const Box& box, const Copy& copy) {
   S* data = reinterpret_cast<S*>(v.data);
   const auto s = walk.strides(v);
-  int64_t k = 0;
-  for (int64_t b = box.b; b < box.b + box.nb; ++b)
-    for (int64_t o = box.o; o < box.o + box.no; ++o, k += box.ni) {
-      const auto into = [&](S& element, int64_t i) { copy(element, k + i); };
-      if (v.index && walk.channels_inner())
-        for (int64_t i = 0; i < box.ni; ++i) into(data[walk.offset(v, b, o, box.i + i)], i);
-      else
-        run(data + walk.offset(v, b, o, box.i), s.i, box.ni, into);
-    }
+  if (v.index && walk.channels_inner()) {
+    int64_t k = 0;
+    for (int64_t b = box.b; b < box.b + box.nb; ++b)
+      for (int64_t o = box.o; o < box.o + box.no; ++o)
+        for (int64_t i = box.i; i < box.i + box.ni; ++i) copy(data[walk.offset(v, b, o, i)], k++);
+    return;
+  }
+  // rows that follow one another at the stride of a row are one run
+  const bool rows_join = !v.index && s.o == s.i * box.ni;
+  const int64_t rows = rows_join ? 1 : box.no, n = rows_join ? box.no * box.ni : box.ni;
+  const bool samples_join = rows_join && s.b == s.i * n;
+  const int64_t samples = samples_join ? 1 : box.nb, length = samples_join ? box.nb * n : n;
+  for (int64_t b = 0; b < samples; ++b)
+    for (int64_t o = 0; o < rows; ++o)
+      run(data + walk.offset(v, box.b + b, box.o + o, box.i), s.i, (b * rows + o) * length, length, copy);
 }
 
 template <class F>

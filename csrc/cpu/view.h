@@ -97,19 +97,18 @@ struct type_caster<fastflow::View> {
       return static_cast<int64_t>(PyLong_AsLongLong(PyTuple_GET_ITEM(tuple.ptr(), i)));
     };
     bool empty = false;
+    for (Py_ssize_t i = 0; i < dims; ++i) empty |= at(shape, i) == 0;
     for (Py_ssize_t i = 0; i < dims && i < 2; ++i) {
       value.size[i] = at(shape, i);
       value.stride[i] = at(stride, i);
-      empty |= value.size[i] == 0;
     }
     // positions collapse into one dimension from the last to the third
     for (Py_ssize_t i = dims - 1; i >= 2; --i) {
       const int64_t n = at(shape, i), step = at(stride, i);
-      empty |= n == 0;
       if (n == 1) continue;
       if (value.size[2] == 1)
         value.stride[2] = step;
-      else if (step != value.stride[2] * value.size[2])
+      else if (step != value.stride[2] * value.size[2] && !empty)
         throw value_error("the positions of this tensor do not collapse into one dimension");
       value.size[2] *= n;
     }

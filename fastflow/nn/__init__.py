@@ -1,7 +1,36 @@
-"""Modules: (x, context) -> (z, logdet) and back."""
+"""Modules: bijections (x, context) -> (z, logdet) and back, base distributions, and the flow they make."""
 
 from fastflow.nn.actnorm import ActNorm
-from fastflow.nn.base import Bijection
+from fastflow.nn.base import Bijection, Inverse, Sequential
+from fastflow.nn.base_distribution import Base, DiagonalGaussian, StandardNormal
 from fastflow.nn.conv1x1 import InvertibleConv1x1, Weights, weights
+from fastflow.nn.coupling import AdditiveCoupling, AffineCoupling
+from fastflow.nn.debugging import NonFiniteError, debug
+from fastflow.nn.diagnostics import InverseError, inverse_error
+from fastflow.nn.flow import Flow
+from fastflow.nn.permutation import Permutation
+from fastflow.nn.reshape import Squeeze
+from fastflow.nn.split_prior import SplitPrior
 
-__all__ = ["ActNorm", "Bijection", "InvertibleConv1x1", "Weights", "weights"]
+__all__ = [
+    "ActNorm",
+    "AdditiveCoupling",
+    "AffineCoupling",
+    "Base",
+    "Bijection",
+    "DiagonalGaussian",
+    "Flow",
+    "Inverse",
+    "InverseError",
+    "InvertibleConv1x1",
+    "NonFiniteError",
+    "Permutation",
+    "Sequential",
+    "SplitPrior",
+    "Squeeze",
+    "StandardNormal",
+    "Weights",
+    "debug",
+    "inverse_error",
+    "weights",
+]

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastflow.ops.snapshot import Snapshot, readable, snapshot
+from fastflow.ops.snapshot import Snapshot, snapshot, visible
 
 __all__ = ["Cache"]
 
@@ -24,8 +24,8 @@ class Cache:
         self.builds = 0
 
     def get(self, key: Hashable, tensors: list[Tensor], build: Callable[[], Any]) -> Any | None:
-        """``build()``, kept from an earlier call where it still holds; None where none can be kept."""
-        if not readable(tensors):
+        """``build()``, kept from an earlier call where it still holds; None where nothing can be kept."""
+        if not visible(tensors):
             return None
         entry = self._entries.get(key)
         if entry is not None and entry[0].matches(tensors):

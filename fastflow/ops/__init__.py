@@ -5,17 +5,30 @@ from fastflow.ops.actnorm import actnorm
 from fastflow.ops.conv1x1 import conv1x1
 from fastflow.ops.conv1x1_weights import dense_weights, lu_weights
 from fastflow.ops.coupling import additive_coupling, affine_coupling
+from fastflow.ops.gaussian import gaussian_log_prob, gaussian_sample
+from fastflow.ops.gaussian_kl import gaussian_kl
 from fastflow.ops.scale_map import ScaleMap, scale_map
+from fastflow.ops.trace import TraceEstimate, bottleneck_trace, exact_trace, hutchinson, probes
+from fastflow.ops.trace_mlp import mlp_trace
 
 __all__ = [
     "BackendError",
     "ScaleMap",
+    "TraceEstimate",
     "actnorm",
     "additive_coupling",
     "affine_coupling",
+    "bottleneck_trace",
     "conv1x1",
     "dense_weights",
+    "exact_trace",
+    "gaussian_kl",
+    "gaussian_log_prob",
+    "gaussian_sample",
+    "hutchinson",
     "lu_weights",
+    "mlp_trace",
+    "probes",
     "scale_map",
     "use_backend",
 ]

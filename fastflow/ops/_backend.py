@@ -7,20 +7,28 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
+import threading
 from collections.abc import Iterable, Iterator
-from contextvars import ContextVar
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
-__all__ = ["NATIVE", "BACKENDS", "BackendError", "use_backend", "choose", "module", "reasons", "transformed"]
+from fastflow.ops import cpu
 
-NATIVE = ("cpu",)  # the fastest first
+__all__ = ["NATIVE", "BACKENDS", "BackendError", "use_backend", "choose", "reasons", "transformed"]
+
+NATIVE: dict[str, ModuleType] = {"cpu": cpu}  # the fastest first
 BACKENDS = (*NATIVE, "reference")
 
-_forced: ContextVar[str | None] = ContextVar("fastflow_backend", default=None)
+
+class _Forced(threading.local):
+    """What use_backend() asked for, on this thread."""
+
+    name: str | None = None
+
+
+_forced = _Forced()
 
 
 class BackendError(RuntimeError):
@@ -35,11 +43,11 @@ def use_backend(name: str | None) -> Iterator[None]:
     >>> with fastflow.use_backend("reference"):
     ...     z, logdet = fastflow.affine_coupling(torch.ones(2, 3), torch.zeros(2, 6))
     """
-    token = _forced.set(_checked(name))
+    before, _forced.name = _forced.name, _checked(name)
     try:
         yield
     finally:
-        _forced.reset(token)
+        _forced.name = before
 
 
 def _checked(name: str | None) -> str | None:
@@ -48,15 +56,10 @@ def _checked(name: str | None) -> str | None:
     return name
 
 
-def module(name: str) -> ModuleType:
-    """The module of a native backend."""
-    return importlib.import_module(f"fastflow.ops.{name}")
-
-
 def choose(tensors: Iterable[Tensor | None], backend: str | None = None) -> str:
     """The backend that serves a call on these tensors: the one asked for, or the fastest that can."""
     tensors = tuple(tensors)
-    forced = _checked(backend) or _forced.get()
+    forced = _checked(backend) or _forced.name
     if forced == "reference":
         return forced
     for name in NATIVE if forced is None else (forced,):
@@ -77,7 +80,7 @@ def reasons(tensors: Iterable[Tensor | None] = ()) -> dict[str, str | None]:
 
 
 def _refusal(name: str, tensors: tuple[Tensor | None, ...]) -> str | None:
-    backend = module(name)
+    backend = NATIVE[name]
     if (reason := backend.unavailable()) is not None:
         return reason
     if not torch.compiler.is_compiling() and transformed():

@@ -62,14 +62,15 @@ def strided(tensor: Tensor | None) -> Tensor | None:
 
     Channel splits, interleaved halves, channels_last and expanded tensors are; a spatial slice is not.
     """
-    if tensor is None or tensor.dim() < 4:
+    if tensor is None or tensor.dim() < 4 or tensor.is_contiguous():
         return tensor
-    size, stride = 1, 0
-    for n, step in zip(reversed(tensor.shape[2:]), reversed(tensor.stride()[2:]), strict=True):
+    shape, stride = tensor.shape, tensor.stride()
+    size, step = shape[-1], stride[-1]
+    for n, outer in zip(shape[-2:1:-1], stride[-2:1:-1], strict=True):
         if n == 1:
             continue
-        if size > 1 and step != size * stride:
+        if size > 1 and outer != size * step:
             return tensor.contiguous()
-        stride = step if size == 1 else stride
+        step = outer if size == 1 else step
         size *= n
     return tensor

@@ -19,29 +19,39 @@ __all__ = ["op", "accumulator", "any_grad", "second_order", "reference_vjp"]
 _LIBRARY = torch.library.Library("fastflow", "DEF")
 
 
-def op(schema: str, kernel: str | None = None) -> Callable[[Callable[..., Any]], dict[str, Any]]:
-    """Defines the op of ``schema`` from its body ``body(kernel, *arguments)``; returns ``{backend: op}``.
+def op(schema: str, kernel: str | None = None) -> Callable[[Callable[..., Any]], dict[str, Callable[..., Any]]]:
+    """Defines the op of ``schema`` from its body ``body(kernel, *arguments)``; returns ``{backend: call}``.
 
-    The kernel is the backend's function of the op's name, or of the name ``kernel``.
+    The kernel is the backend's function of the op's name, or of the name ``kernel``. A call goes through the
+    dispatcher only where someone listens there (torch.compile, a dispatch mode): that hop costs as much as the rest.
     """
     name, signature = schema.split("(", 1)
     kernel = kernel or name
 
-    def define(body: Callable[..., Any]) -> dict[str, Any]:
-        overloads = {}
+    def define(body: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
+        calls = {}
         for backend in _backend.NATIVE:
 
             def run(*arguments: Any, backend: str = backend) -> Any:
-                return body(_backend.module(backend).kernel(kernel), *arguments)
+                return body(_backend.NATIVE[backend].kernel(kernel), *arguments)
 
             qualified = f"fastflow::{name}.{backend}"
             _LIBRARY.define(f"{name}.{backend}({signature}")
             _LIBRARY.impl(f"{name}.{backend}", run, "CompositeExplicitAutograd")
             torch.library.register_fake(qualified, lambda *a: body(lambda *_: None, *a), lib=_LIBRARY)
-            overloads[backend] = getattr(getattr(torch.ops.fastflow, name), backend)
-        return overloads
+            calls[backend] = _call(run, getattr(getattr(torch.ops.fastflow, name), backend))
+        return calls
 
     return define
+
+
+def _call(run: Callable[..., Any], overload: Callable[..., Any]) -> Callable[..., Any]:
+    def call(*arguments: Any) -> Any:
+        if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+            return overload(*arguments)
+        return run(*arguments)
+
+    return call
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:

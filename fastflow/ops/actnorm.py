@@ -63,13 +63,10 @@ class _ActNorm(torch.autograd.Function):
     """Saves its inputs."""
 
     @staticmethod
-    def forward(backend, x, log_scale, bias, running, gain, inverse):
+    def forward(ctx, backend, x, log_scale, bias, running, gain, inverse):
+        ctx.backend, ctx.gain, ctx.inverse = backend, gain, inverse
+        ctx.save_for_backward(x, log_scale, bias, running)
         return _forward[backend](x, log_scale, bias, running, gain, inverse)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.backend, *tensors, ctx.gain, ctx.inverse = inputs
-        ctx.save_for_backward(*tensors)
 
     @staticmethod
     def backward(ctx, gy, glogdet):

@@ -69,13 +69,10 @@ class _Conv1x1(torch.autograd.Function):
     """Saves its inputs."""
 
     @staticmethod
-    def forward(backend, x, weight, bias, weight_logdet, running):
+    def forward(ctx, backend, x, weight, bias, weight_logdet, running):
+        ctx.backend = backend
+        ctx.save_for_backward(x, weight, bias, weight_logdet, running)
         return _forward[backend](x, weight, bias, weight_logdet, running)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.backend, *tensors = inputs
-        ctx.save_for_backward(*tensors)
 
     @staticmethod
     def backward(ctx, gy, glogdet):

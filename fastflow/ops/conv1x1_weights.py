@@ -110,15 +110,12 @@ class _LU(torch.autograd.Function):
     """Saves the factors. ``value`` is the result where it is known already; the gradient does not need it."""
 
     @staticmethod
-    def forward(backend, value, layers, gain, inverse, *factors):
+    def forward(ctx, backend, value, layers, gain, inverse, *factors):
+        ctx.backend, ctx.layers, ctx.gain, ctx.inverse = backend, layers, gain, inverse
+        ctx.save_for_backward(*factors)
         if value is not None:
             return tuple(t.detach() for t in value)
         return _forward[backend](*_lists(factors, layers), gain, inverse)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.backend, _, ctx.layers, ctx.gain, ctx.inverse, *factors = inputs
-        ctx.save_for_backward(*factors)
 
     @staticmethod
     def backward(ctx, *grads):
@@ -142,13 +139,10 @@ class _Dense(torch.autograd.Function):
     """The known ``value`` as a function of the weights. Backward decomposes W again: it needs its inverse."""
 
     @staticmethod
-    def forward(value, layers, gain, inverse, *tensors):
-        return tuple(t.detach() for t in value)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        _, ctx.layers, ctx.gain, ctx.inverse, *tensors = inputs
+    def forward(ctx, value, layers, gain, inverse, *tensors):
+        ctx.layers, ctx.gain, ctx.inverse = layers, gain, inverse
         ctx.save_for_backward(*tensors)
+        return tuple(t.detach() for t in value)
 
     @staticmethod
     def backward(ctx, *grads):

@@ -180,10 +180,9 @@ def _backward(kernel, value, params, raw, amplitude, index, gy, glogdet, from_ou
     # parameters of unchanged channels have no gradient
     full = changed < channels and params.shape[1] == channels * (1 if PACKINGS[o.packing] == "separate" else 2)
     like = torch.zeros_like if full else torch.empty_like
-    none = value.new_empty(0)
     gx, gparams = torch.empty_like(value), like(params)
-    graw = none if raw is None else like(raw)
-    gamplitude = none
+    graw = value.new_empty(0) if raw is None else like(raw)
+    gamplitude = value.new_empty(0)
     if amplitude is not None:
         gamplitude = value.new_empty((value.shape[0], changed, *value.shape[2:]), dtype=accumulator(value.dtype))
     kernel(
@@ -215,19 +214,15 @@ class _Coupling(torch.autograd.Function):
     """Saves x and the parameters; or, written in place, y and the parameters."""
 
     @staticmethod
-    def forward(backend, in_place, save_output, x, params, raw, amplitude, index, running, *options):
+    def forward(ctx, backend, in_place, save_output, x, params, raw, amplitude, index, running, *options):
         if in_place:
-            return x, _forward_out[backend](x, params, raw, amplitude, index, running, x, *options)
-        return _forward[backend](x, params, raw, amplitude, index, running, *options)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.backend, in_place, ctx.from_output, x, *parameters = inputs[:8]
-        ctx.options = inputs[9:]
-        ctx.has_running = inputs[8] is not None
-        if in_place:
+            y, logdet = x, _forward_out[backend](x, params, raw, amplitude, index, running, x, *options)
             ctx.mark_dirty(x)
-        ctx.save_for_backward(output[0] if ctx.from_output else x, *parameters)
+        else:
+            y, logdet = _forward[backend](x, params, raw, amplitude, index, running, *options)
+        ctx.backend, ctx.options, ctx.from_output, ctx.has_running = backend, options, save_output, running is not None
+        ctx.save_for_backward(y if save_output else x, params, raw, amplitude, index)
+        return y, logdet
 
     @staticmethod
     def backward(ctx, gy, glogdet):
@@ -373,8 +368,11 @@ def _into(out: Tensor, backend: str, tensors: tuple, options: Options) -> tuple[
     grad = any_grad(*tensors)
     if not in_place and (grad or (torch.is_grad_enabled() and out.requires_grad)):
         raise ValueError("out: only out=x is differentiable; write to another tensor under torch.no_grad()")
+    if not in_place and out.untyped_storage()._cdata == x.untyped_storage()._cdata and torch._C._overlaps(out, x):
+        raise ValueError("out: overlaps x; pass x itself to work in place")
     if backend == "reference" or torch.compiler.is_compiling() or _check.strided(out) is not out:
-        y, logdet = _fresh(backend, False, tensors, options)
+        # backward may need x as it was
+        y, logdet = _fresh(backend, False, (x.clone() if in_place else x, *tensors[1:]), options)
         return out.copy_(y), logdet
     tensors = (out if in_place else _check.strided(x), *(_check.strided(t) for t in tensors[1:]))
     if grad:

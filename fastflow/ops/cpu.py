@@ -6,7 +6,6 @@ names is loaded, so ``ATEN_CPU_CAPABILITY=avx2`` or ``default`` selects another.
 
 from __future__ import annotations
 
-import functools
 import importlib
 from collections.abc import Callable, Iterable
 from types import ModuleType
@@ -15,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+PLAIN = (Tensor, torch.nn.Parameter)  # a subclass may hold its values elsewhere
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 _LIBRARIES = {"AVX512": ("avx512", "avx2", "baseline"), "AVX2": ("avx2", "baseline")}
 
 
-@functools.cache
 def _load() -> tuple[ModuleType | None, str]:
     """The library, and why it is this one (or why there is none)."""
     capability = torch.backends.cpu.get_cpu_capability()
@@ -36,19 +35,20 @@ def _load() -> tuple[ModuleType | None, str]:
     return None, "no compiled library was installed with this package (" + "; ".join(failures) + ")"
 
 
+_library, _reason = _load()
+
+
 def unavailable() -> str | None:
     """Why the CPU kernels cannot run on this machine; None if they can."""
-    library, reason = _load()
-    return None if library else reason
+    return None if _library else _reason
 
 
 def description() -> str:
     """Which library serves, why, and on how many threads."""
-    library, reason = _load()
-    if library is None:
-        return reason
-    threads = f"{library.threads()} threads" if library.has_openmp() else "one thread: torch has no OpenMP"
-    return f"{reason}, {threads}"
+    if _library is None:
+        return _reason
+    threads = f"{_library.threads()} threads" if _library.has_openmp() else "one thread: torch has no OpenMP"
+    return f"{_reason}, {threads}"
 
 
 def refuses(tensors: Iterable[Tensor | None]) -> str | None:
@@ -60,12 +60,13 @@ def refuses(tensors: Iterable[Tensor | None]) -> str | None:
             return f"a tensor is on {tensor.device}"
         if tensor.dtype not in DTYPES:
             return f"a tensor has dtype {tensor.dtype}"
+        if type(tensor) not in PLAIN:
+            return f"a tensor is a {type(tensor).__name__}"
     return None
 
 
 def kernel(name: str) -> Callable[..., Any]:
     """The compiled function ``name``."""
-    library, reason = _load()
-    if library is None:
-        raise RuntimeError(f"the cpu backend is not available: {reason}")
-    return getattr(library, name)
+    if _library is None:
+        raise RuntimeError(f"the cpu backend is not available: {_reason}")
+    return getattr(_library, name)

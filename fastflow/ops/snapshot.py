@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastflow.ops import _backend
 
-__all__ = ["Snapshot", "readable", "snapshot"]
+__all__ = ["Snapshot", "snapshot", "visible"]
 
 
 class Snapshot(Protocol):
@@ -34,15 +34,15 @@ class _Copies:
         )
 
 
-def readable(tensors: Sequence[Tensor]) -> bool:
-    """May the host look at these tensors? Not on another device, nor under a trace or a transform."""
+def visible(tensors: Sequence[Tensor]) -> bool:
+    """May the host look at the values? Not on another device, and not inside a trace or a transform."""
     if torch.compiler.is_compiling() or _backend.transformed():
         return False
     return all(t.device.type == "cpu" and type(t) in (Tensor, torch.nn.Parameter) for t in tensors)
 
 
 def snapshot(tensors: Sequence[Tensor]) -> Snapshot:
-    """A snapshot of :func:`readable` tensors.
+    """A snapshot of :func:`visible` tensors.
 
     >>> x = torch.zeros(3)
     >>> saved = snapshot([x])
@@ -50,7 +50,7 @@ def snapshot(tensors: Sequence[Tensor]) -> Snapshot:
     >>> saved.matches([x])
     False
     """
-    library = _backend.module("cpu")
+    library = _backend.NATIVE["cpu"]
     if library.unavailable() is None and all(t.dim() <= 3 for t in tensors):
         return library.kernel("Snapshot")(list(tensors))
     return _Copies(tensors)

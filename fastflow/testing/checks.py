@@ -97,7 +97,9 @@ def _against(case: Case, backend: str, dtype: torch.dtype, device: str, size: st
     rounded, lower = _rounded(case, inputs, dtype, device)
     same = [compute(rounded, arranged, "reference") for _, arranged in layouts(case, lower)]
     for layout, arranged in layouts(case, inputs):
-        for i, (value, expected, *references) in enumerate(zip(compute(case, arranged, backend), truth, *same, strict=True)):
+        for i, (value, expected, *references) in enumerate(
+            zip(compute(case, arranged, backend), truth, *same, strict=True)
+        ):
             compare(f"{case.id} {backend} {dtype} {size} {layout}, tensor {i}", value, expected, references)
 
 

@@ -1,0 +1,108 @@
+// Products of matrices that fit the cache, C = A B: a tile of C stays in vector registers while the inner dimension
+// runs. B and C have contiguous rows padded to kPad elements; A is read element by element through any two strides.
+// The register tile is kTileRows x kTileVectors; the ragged edge gets tiles of its exact size.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+
+namespace fastflow {
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64, kTileRows = 6, kTileVectors = 4;
+#elif defined(__AVX__)
+constexpr int kVectorBytes = 32, kTileRows = 6, kTileVectors = 2;
+#else
+constexpr int kVectorBytes = 16, kTileRows = 6, kTileVectors = 2;
+#endif
+
+constexpr int64_t kPad = 16;  // a whole number of vectors of either type on every machine
+
+inline int64_t padded(int64_t n) { return (n + kPad - 1) / kPad * kPad; }
+
+template <class T>
+struct Vector {
+  typedef T type __attribute__((vector_size(kVectorBytes)));
+  static constexpr int64_t lanes = kVectorBytes / sizeof(T);
+};
+
+template <class T>
+struct Product {
+  int64_t rows, columns, depth;  // C [rows, columns], A [rows, depth], B [depth, columns]; columns padded
+  const T* a;
+  int64_t a_row, a_depth;  // strides of A
+  const T* b;
+  int64_t b_row;
+  T* c;
+  int64_t c_row;
+  bool add = false;  // to what C holds
+};
+
+template <int rows, int vectors, class T>
+void tile(int64_t depth, const T* a, int64_t a_row, int64_t a_depth, const T* b, int64_t b_row, T* c, int64_t c_row,
+          bool add) {
+  using V = typename Vector<T>::type;
+  constexpr int64_t lanes = Vector<T>::lanes;
+  V sum[rows][vectors];
+#pragma GCC unroll 8
+  for (int i = 0; i < rows; ++i)
+#pragma GCC unroll 8
+    for (int j = 0; j < vectors; ++j)
+      if (add)
+        std::memcpy(&sum[i][j], c + i * c_row + j * lanes, sizeof(V));
+      else
+        sum[i][j] = V{};
+  for (int64_t k = 0; k < depth; ++k) {
+    V row[vectors];
+#pragma GCC unroll 8
+    for (int j = 0; j < vectors; ++j) std::memcpy(&row[j], b + k * b_row + j * lanes, sizeof(V));
+#pragma GCC unroll 8
+    for (int i = 0; i < rows; ++i) {
+      const T value = a[i * a_row + k * a_depth];
+#pragma GCC unroll 8
+      for (int j = 0; j < vectors; ++j) sum[i][j] += value * row[j];
+    }
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < rows; ++i)
+#pragma GCC unroll 8
+    for (int j = 0; j < vectors; ++j) std::memcpy(c + i * c_row + j * lanes, &sum[i][j], sizeof(V));
+}
+
+// the rows [first, rows) of one column of tiles, fewer than kTileRows of them at the end
+template <int count, int vectors, class T>
+void last_rows(const Product<T>& p, int64_t first, const T* b, T* c) {
+  if constexpr (count > 0) {
+    if (p.rows - first == count)
+      tile<count, vectors>(p.depth, p.a + first * p.a_row, p.a_row, p.a_depth, b, p.b_row, c + first * p.c_row, p.c_row,
+                           p.add);
+    else
+      last_rows<count - 1, vectors>(p, first, b, c);
+  }
+}
+
+template <int vectors, class T>
+void column(const Product<T>& p, int64_t j) {
+  int64_t i = 0;
+  for (; i + kTileRows <= p.rows; i += kTileRows)
+    tile<kTileRows, vectors>(p.depth, p.a + i * p.a_row, p.a_row, p.a_depth, p.b + j, p.b_row, p.c + i * p.c_row + j,
+                             p.c_row, p.add);
+  last_rows<kTileRows - 1, vectors>(p, i, p.b + j, p.c + j);
+}
+
+template <int vectors, class T>
+void columns(const Product<T>& p, int64_t j) {
+  if constexpr (vectors > 0) {
+    constexpr int64_t width = vectors * Vector<T>::lanes;
+    for (; j + width <= p.columns; j += width) column<vectors>(p, j);
+    columns<vectors - 1>(p, j);
+  }
+}
+
+template <class T>
+void multiply(const Product<T>& p) {
+  columns<kTileVectors>(p, 0);
+}
+
+}  // namespace fastflow

@@ -1,0 +1,119 @@
+"""The figures as a table: plain text for the terminal, Markdown for the README.
+
+``python -m fastflow.bench.table RESULT.json README.md`` puts the table between the two marker comments of that file.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+__all__ = ["align", "markdown", "text"]
+
+BEGIN, END = "<!-- benchmark: begin -->", "<!-- benchmark: end -->"
+
+
+def align(rows: Sequence[Sequence[str]]) -> str:
+    """Columns as wide as they need be, the first flush left, the others right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    first, *rest = widths
+    lines = ([row[0].ljust(first), *map(str.rjust, row[1:], rest)] for row in rows)
+    return "\n".join("  ".join(line).rstrip() for line in lines)
+
+
+def text(result: dict[str, Any], before: dict[str, Any] | None = None) -> str:
+    """The table for a terminal, with what it was measured on; ratios against an earlier result where one is given."""
+    return "\n".join([align(_rows(result, before)), "", *_notes(result)])
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """The same as Markdown."""
+    head, *body = _rows(result, None)
+    lines = [head, ["---", *["--:"] * (len(head) - 1)], *body]
+    return "\n".join(["| " + " | ".join(line) + " |" for line in lines] + ["", *_notes(result)])
+
+
+def _rows(result: dict[str, Any], before: dict[str, Any] | None) -> list[list[str]]:
+    rivals = list(dict.fromkeys(n for row in result["rows"] for n in row["contenders"] if n != "fastflow"))
+    earlier = {_id(row): row for row in before["rows"]} if before else {}
+    head = ["", "time", "±", "of floor", *(f"× {name}" for name in rivals), "memory", "target"]
+    table = [head + (["× earlier"] if before else [])]
+    for row in result["rows"]:
+        ours, others = row["contenders"]["fastflow"], row["contenders"]
+        line = [
+            _id(row),
+            _time(ours["seconds"]),
+            f"{ours['spread']:.0%}",
+            f"{row['floor'] / ours['seconds']:.0%}" if row["floor"] else "",
+            *(f"{others[n]['seconds'] / ours['seconds']:.2f}" if n in others else "" for n in rivals),
+            " / ".join(_size(c["memory"]) for n, c in others.items() if n != "reference"),
+            _verdict(row),
+        ]
+        if before:
+            old = earlier.get(_id(row))
+            line.append(f"{old['contenders']['fastflow']['seconds'] / ours['seconds']:.2f}" if old else "")
+        table.append(line)
+    return table
+
+
+def _id(row: dict[str, Any]) -> str:
+    return f"{row['family']}: {row['name']}"
+
+
+def _verdict(row: dict[str, Any]) -> str:
+    """Every target with met or missed."""
+    ours, parts = row["contenders"]["fastflow"]["seconds"], []
+    for name, wanted in row["targets"].items():
+        if name != "floor" and name not in row["contenders"]:
+            parts.append(f"{wanted:g}× {name} not run")
+            continue
+        reached = (row["floor"] if name == "floor" else row["contenders"][name]["seconds"]) / ours
+        what = f"{wanted:.0%} of floor" if name == "floor" else f"{wanted:g}× {name}"
+        parts.append(f"{what} {'met' if reached >= wanted else 'MISSED'}")
+    return ", ".join(parts)
+
+
+def _notes(result: dict[str, Any]) -> list[str]:
+    machine, limits = result["machine"], result["limits"]
+    absent = {f"{name} did not run: {why}" for row in result["rows"] for name, why in row["absent"].items()}
+    return [
+        f"{machine['cpu']}, {machine['cores']} threads, library {machine['library']}, torch {machine['torch']}, "
+        f"Python {machine['python']}; fastflow {machine['fastflow']}"
+        + (f" at {result['commit']}" if result["commit"] else "")
+        + f", {result['date'][:10]}.",
+        f"Measured limits: triad {limits['triad'] / 1e9:.1f} GB/s, copy {limits['copy'] / 1e9:.1f} GB/s, "
+        f"matrix product {limits['gemm'] / 1e9:.0f} GFLOP/s. Medians of interleaved runs; ± is the distance between "
+        "the quartiles; × NAME is the time of NAME over that of fastflow; memory is the peak of the call, of "
+        "fastflow / eager / torch.compile (/ other).",
+        *sorted(absent),
+    ]
+
+
+def _time(seconds: float) -> str:
+    for unit, size in (("s", 1.0), ("ms", 1e-3)):
+        if seconds >= size:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds / 1e-6:.3g} µs"
+
+
+def _size(count: float) -> str:
+    for unit, size in (("G", 2**30), ("M", 2**20), ("K", 2**10)):
+        if count >= size:
+            return f"{count / size:.3g}{unit}"
+    return f"{count:g}"
+
+
+def main(result: str, document: str) -> None:
+    path = Path(document)
+    before, begin, rest = path.read_text().partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise SystemExit(f"{path}: expected the lines {BEGIN} and {END}")
+    path.write_text(f"{before}{begin}\n{markdown(json.loads(Path(result).read_text()))}\n{end}{after}")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

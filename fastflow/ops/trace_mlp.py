@@ -1,0 +1,339 @@
+"""The dynamics of a continuous flow, an MLP f(x, t), and the trace of its Jacobian in one forward sweep.
+
+Value and tangents go through the layers together, as rows of the same products:
+
+    a = W y + b,  a' = W y',   y <- phi(a),  y' <- phi'(a) a'        from y = x, y' = e to  f(x, t), J e
+
+and e . J e is the trace's estimate for the probe e. Training needs only the ordinary reverse of this sweep.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from functools import partial
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fastflow.ops import _check
+from fastflow.ops._backend import choose
+from fastflow.ops._op import accumulator, any_grad, op, reference_vjp, second_order
+
+__all__ = ["mlp_trace"]
+
+ACTIVATIONS = ("tanh", "softplus", "elu", "silu")  # as in csrc/trace.h
+LAYERS = ("concat", "concat_squash", "ignore")  # as in csrc/cpu/trace.cpp
+FUSED_WIDTH = 128  # up to this width a block of samples stays in the cache; wider products are torch's
+
+_PARAMETERS = {"concat": 2, "concat_squash": 5, "ignore": 2}
+_NAMES = ("weight", "bias", "gate_weight", "gate_bias", "hyper_weight")
+
+
+# --- meaning ----------------------------------------------------------------------------------------
+
+
+def reference(x: Tensor, t: Tensor, probes: Tensor, *params: Tensor, layer: int, activation: int):
+    """(f(x, t) [B, D], e . J e [S, B]) in plain PyTorch. x [B, D]; t []; probes e [S, B, D]."""
+    y, tangent = x, probes
+    layers = _affine(t, params, layer)
+    for i, (weight, bias) in enumerate(layers):
+        y, tangent = F.linear(y, weight, bias), F.linear(tangent, weight)
+        if i + 1 < len(layers):
+            y, slope = _activate(y, ACTIVATIONS[activation])
+            tangent = slope * tangent
+    return y, (tangent * probes).sum(2)
+
+
+def _activate(a: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+    """(phi(a), phi'(a))"""
+    if activation == "tanh":
+        y = torch.tanh(a)
+        return y, 1 - y * y
+    if activation == "softplus":
+        return F.softplus(a, threshold=50), torch.sigmoid(a)
+    if activation == "elu":
+        y = F.elu(a)
+        return y, torch.where(a > 0, 1, y + 1)
+    s = torch.sigmoid(a)
+    return a * s, s * (1 + a * (1 - s))
+
+
+def _affine(t: Tensor, params: Sequence[Tensor], layer: int) -> list[tuple[Tensor, Tensor]]:
+    """(W, b) of every layer: at one t each of them is W y + b."""
+    layers = []
+    for weight, bias, *gating in _layers(params, layer):
+        if LAYERS[layer] == "concat":
+            weight, bias = weight[:, 1:], bias + t * weight[:, 0]
+        elif LAYERS[layer] == "concat_squash":
+            gate, shift = _gate(t, *gating)
+            weight, bias = gate[:, None] * weight, gate * bias + shift
+        layers.append((weight, bias))
+    return layers
+
+
+def _layers(params: Sequence[Tensor], layer: int) -> list[Sequence[Tensor]]:
+    each = _PARAMETERS[LAYERS[layer]]
+    return [params[i : i + each] for i in range(0, len(params), each)]
+
+
+def _gate(t: Tensor, gate_weight: Tensor, gate_bias: Tensor, hyper_weight: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.sigmoid(t * gate_weight[:, 0] + gate_bias), t * hyper_weight[:, 0]
+
+
+# --- contract: narrow layers, all in one kernel -----------------------------------------------------
+
+_INPUTS = "Tensor x, Tensor t, Tensor probes, Tensor[] params"
+_FORWARD = f"({_INPUTS}, int layer, int activation, bool save) -> (Tensor, Tensor, Tensor)"
+_BACKWARD = f"({_INPUTS}, Tensor saved, Tensor gvalue, Tensor gtrace, int layer, int activation) -> Tensor[]"
+
+
+@op(f"mlp_trace_fwd{_FORWARD}")
+def _forward(kernel, x, t, probes, params, layer, activation, save):
+    value, trace = torch.empty_like(x), x.new_empty(probes.shape[:2])
+    # the rows of every hidden layer, padded to whole vectors as csrc/cpu/tile.h has them
+    hidden = sum((p[0].shape[0] + 15) // 16 * 16 for p in _layers(params, layer)[:-1])
+    saved = x.new_empty(x.shape[0] * (1 + probes.shape[0]) * hidden if save else 0)
+    kernel(x, t, probes, params, layer, activation, value, trace, saved if save else None)
+    return value, trace, saved
+
+
+@op(f"mlp_trace_bwd{_BACKWARD}")
+def _backward(kernel, x, t, probes, params, saved, gvalue, gtrace, layer, activation):
+    gx, gt, gparams = torch.empty_like(x), torch.empty_like(t), [torch.empty_like(p) for p in params]
+    kernel(x, t, probes, params, layer, activation, saved, gvalue, gtrace, gx, gt, gparams)
+    return [gx, gt, *gparams]
+
+
+# --- contract: wide layers, torch's products and the activation between them ------------------------
+
+
+@op(f"mlp_trace_wide_fwd{_FORWARD}", kernel="trace_activation_fwd")
+def _wide_forward(kernel, x, t, probes, params, layer, activation, save):
+    layers = _affine(t, params, layer)
+    rows = _stack(x, probes)
+    saved, kept = _kept(rows, layers)
+    y = rows
+    for (weight, bias), a in zip(layers[:-1], kept, strict=True):
+        torch.mm(y.flatten(0, 1), weight.t(), out=a.flatten(0, 1))
+        y = torch.empty_like(a) if _keeps_input(activation) else a
+        kernel(a, bias, y, activation)
+    weight, bias = layers[-1]
+    last = (y.flatten(0, 1) @ weight.t()).view_as(rows)
+    return last[:, 0] + bias, (last[:, 1:] * rows[:, 1:]).sum(2).t().contiguous(), saved
+
+
+@op(f"mlp_trace_wide_bwd{_BACKWARD}", kernel="trace_activation_bwd")
+def _wide_backward(kernel, x, t, probes, params, saved, gvalue, gtrace, layer, activation):
+    layers = _affine(t, params, layer)
+    rows = _stack(x, probes)
+    _, kept = _kept(rows, layers, saved)
+    g = _stack(gvalue, gtrace[..., None] * probes)
+    gt, gparams = torch.zeros_like(t), []
+    for i in reversed(range(len(layers))):
+        weight, y, previous = layers[i][0], rows, g[:, 0]
+        if i > 0:
+            previous, y = (g.flatten(0, 1) @ weight).view_as(kept[i - 1]), kept[i - 1]
+            again = torch.empty_like(y) if _keeps_input(activation) else None
+            kernel(y, previous, again, activation)
+            y = y if again is None else again
+        gweight, gbias = g.flatten(0, 1).t() @ y.flatten(0, 1), g[:, 0].sum(0)
+        of_t, *grads = _unfold(t, _layers(params, layer)[i], layer, gweight, gbias)
+        gt, gparams = gt + of_t, [*grads, *gparams]
+        g = previous
+    return [g @ layers[0][0], gt, *gparams]
+
+
+def _keeps_input(activation: int) -> bool:
+    return ACTIVATIONS[activation] == "silu"  # as in csrc/trace.h
+
+
+def _stack(x: Tensor, probes: Tensor) -> Tensor:
+    """[B, 1 + S, D]: every sample's x, then its probes."""
+    return torch.cat([x[:, None], probes.transpose(0, 1)], 1)
+
+
+def _kept(rows: Tensor, layers: list, saved: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
+    """One buffer for the rows of all hidden layers, and its parts [B, 1 + S, width]."""
+    shapes = [(*rows.shape[:2], weight.shape[0]) for weight, _ in layers[:-1]]
+    sizes = [shape[0] * shape[1] * shape[2] for shape in shapes]
+    saved = rows.new_empty(sum(sizes)) if saved is None else saved
+    return saved, [part.view(shape) for part, shape in zip(saved.split(sizes), shapes, strict=True)]
+
+
+def _unfold(t: Tensor, params: Sequence[Tensor], layer: int, gweight: Tensor, gbias: Tensor) -> tuple[Tensor, ...]:
+    """From the gradients of (W, b) of :func:`_affine` to those of t and of the layer's parameters."""
+    weight, bias, *gating = params
+    if LAYERS[layer] == "ignore":
+        return torch.zeros_like(t), gweight, gbias
+    if LAYERS[layer] == "concat":
+        return gbias @ weight[:, 0], torch.cat([(t * gbias)[:, None], gweight], 1), gbias
+    gate, _ = _gate(t, *gating)
+    ginner = ((gweight * weight).sum(1) + gbias * bias) * gate * (1 - gate)
+    gt = ginner @ gating[0][:, 0] + gbias @ gating[2][:, 0]
+    return gt, gate[:, None] * gweight, gate * gbias, (t * ginner)[:, None], ginner, (t * gbias)[:, None]
+
+
+# --- gradient ---------------------------------------------------------------------------------------
+
+
+class _MlpTrace(torch.autograd.Function):
+    """Saves x, the probes, the parameters and the rows of the hidden layers."""
+
+    @staticmethod
+    def forward(ctx, backend, wide, layer, activation, x, t, probes, *params):
+        run = _wide_forward if wide else _forward
+        value, trace, saved = run[backend](x, t, probes, params, layer, activation, True)
+        ctx.backend, ctx.wide, ctx.layer, ctx.activation = backend, wide, layer, activation
+        ctx.save_for_backward(saved, x, t, probes, *params)
+        return value, trace
+
+    @staticmethod
+    def backward(ctx, gvalue, gtrace):
+        saved, x, t, probes, *params = ctx.saved_tensors
+        if second_order():
+            meaning = partial(reference, layer=ctx.layer, activation=ctx.activation)
+            return *[None] * 4, *reference_vjp(meaning, (x, t, probes, *params), (gvalue, gtrace))
+        run = _wide_backward if ctx.wide else _backward
+        gx, gt, *gparams = run[ctx.backend](
+            x, t, probes, params, saved, gvalue, gtrace, ctx.layer, ctx.activation
+        )  # fmt: skip
+        return *[None] * 4, gx, gt, None, *gparams
+
+
+# --- public -----------------------------------------------------------------------------------------
+
+
+def mlp_trace(
+    x: Tensor,
+    t: Tensor | float,
+    layers: Sequence[Sequence[Tensor]],
+    *,
+    activation: Literal["tanh", "softplus", "elu", "silu"] = "tanh",
+    layer: Literal["concat", "concat_squash", "ignore"] = "concat",
+    probes: Tensor | None = None,
+    exact: bool = False,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    r"""An MLP :math:`f(x, t)` and the trace of its Jacobian, or the estimates :math:`e^\top \partial_x f\, e` of it.
+
+    Args:
+        x: [B, D].
+        t: the time, a number or a tensor of one element.
+        layers: the parameters of every layer, first to last; the activation follows every layer but the last.
+            ``concat``: (weight [m, 1 + n], bias [m]), the layer is weight [t, y] + bias;
+            ``concat_squash``: (weight [m, n], bias [m], gate_weight [m, 1], gate_bias [m], hyper_weight [m, 1]), the
+            layer is (weight y + bias) sigmoid(gate_weight t + gate_bias) + hyper_weight t;
+            ``ignore``: (weight [m, n], bias [m]).
+        probes: e, [S, B, D] or [B, D], from :func:`fastflow.probes`; they count as constants.
+        exact: the trace itself by D unit tangents instead; for small D.
+        backend: a backend by name; None chooses.
+
+    Returns:
+        f(x, t) of the shape and dtype of x; and the trace [B], or the probes' estimates [S, B] ([B] for probes
+        [B, D]), in float64 for float64 and float32 for all else, which is also what is computed in.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what was expected and what came.
+        BackendError: the backend asked for cannot serve the call.
+
+    Paper: FFJORD, https://arxiv.org/abs/1810.01367.
+
+    >>> layers = [(torch.randn(8, 1 + 2), torch.zeros(8)), (torch.randn(2, 1 + 8), torch.zeros(2))]
+    >>> x = torch.randn(5, 2)
+    >>> value, trace = mlp_trace(x, 0.5, layers, exact=True)
+    >>> value.shape, trace.shape
+    (torch.Size([5, 2]), torch.Size([5]))
+    >>> value, estimates = mlp_trace(x, 0.5, layers, probes=fastflow.probes((3, 5, 2), seed=0))
+    >>> estimates.shape
+    torch.Size([3, 5])
+    """
+    _check.floating("x", x)
+    if x.dim() != 2:
+        raise ValueError(f"x: expected [B, D], got {list(x.shape)}")
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation: expected one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+    if layer not in LAYERS:
+        raise ValueError(f"layer: expected one of {', '.join(LAYERS)}, got {layer!r}")
+    dtype = accumulator(x.dtype)
+    probes, reduce = _probes(x, probes, exact)
+    time = _time(t, x)
+    params = _parameters(x, layers, layer)
+    backend = choose((x, time, probes, *params), backend)
+    tensors = tuple(p.to(dtype) for p in (x, time, probes, *params))
+    with _without_autocast(x.device.type):
+        value, trace = _run(backend, tensors, LAYERS.index(layer), ACTIVATIONS.index(activation))
+    return value.to(x.dtype), {"sum": lambda: trace.sum(0), "only": lambda: trace[0], "all": lambda: trace}[reduce]()
+
+
+def _run(backend: str, tensors: tuple[Tensor, ...], layer: int, activation: int) -> tuple[Tensor, Tensor]:
+    if backend == "reference":
+        return reference(*tensors, layer=layer, activation=activation)
+    x, t, probes, *params = tensors
+    wide = max(x.shape[1], *(p[0].shape[0] for p in _layers(params, layer))) > FUSED_WIDTH
+    if any_grad(*tensors):
+        return _MlpTrace.apply(backend, wide, layer, activation, *tensors)
+    return (_wide_forward if wide else _forward)[backend](x, t, probes, params, layer, activation, False)[:2]
+
+
+def _without_autocast(device: str) -> contextlib.AbstractContextManager:
+    """The sweep is computed in float32 as a whole: what autocast would narrow is the trace's precision."""
+    if torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False)
+    return contextlib.nullcontext()
+
+
+def _probes(x: Tensor, probes: Tensor | None, exact: bool) -> tuple[Tensor, str]:
+    """(probes [S, B, D], what to make of the estimates [S, B])"""
+    if exact == (probes is not None):
+        raise ValueError("probes: expected either probes or exact=True, got " + ("both" if exact else "neither"))
+    if exact:
+        unit = torch.eye(x.shape[1], dtype=accumulator(x.dtype), device=x.device)
+        return unit[:, None].expand(-1, x.shape[0], -1), "sum"
+    if not isinstance(probes, Tensor):
+        raise TypeError(f"probes: expected a tensor, got {type(probes).__name__}")
+    if probes.dim() not in (2, 3) or probes.shape[-2:] != x.shape:
+        raise ValueError(f"probes: expected [S, {x.shape[0]}, {x.shape[1]}] or x's shape, got {list(probes.shape)}")
+    _same_kind("probes", probes, x)
+    return (probes.detach()[None], "only") if probes.dim() == 2 else (probes.detach(), "all")
+
+
+def _time(t: Tensor | float, x: Tensor) -> Tensor:
+    if not isinstance(t, Tensor):
+        return torch.full((), t, dtype=accumulator(x.dtype), device=x.device)
+    if t.numel() != 1:
+        raise ValueError(f"t: expected one element, got {list(t.shape)}")
+    if t.device != x.device:
+        raise ValueError(f"t: expected device {x.device} like x, got {t.device}")
+    return t.reshape(()) if t.dim() else t
+
+
+def _parameters(x: Tensor, layers: Sequence[Sequence[Tensor]], layer: str) -> list[Tensor]:
+    """All parameters one after the other, checked."""
+    if not layers:
+        raise ValueError("layers: expected at least one layer, got none")
+    width, params = x.shape[1], []
+    for i, given in enumerate(layers):
+        if len(given) != _PARAMETERS[layer]:
+            names = ", ".join(_NAMES[: _PARAMETERS[layer]])
+            raise ValueError(f"layers[{i}]: expected ({names}) for {layer!r}, got {len(given)} tensors")
+        out = given[0].shape[0]
+        expected = ((out, width + (layer == "concat")), (out,), (out, 1), (out,), (out, 1))
+        for name, tensor, shape in zip(_NAMES, given, expected, strict=False):
+            if tensor.shape != shape:
+                raise ValueError(f"layers[{i}] {name}: expected {list(shape)}, got {list(tensor.shape)}")
+            _same_kind(f"layers[{i}] {name}", tensor, x)
+        params += given
+        width = out
+    if width != x.shape[1]:
+        raise ValueError(f"layers[{len(layers) - 1}]: expected {x.shape[1]} outputs like x, got {width}")
+    return params
+
+
+def _same_kind(name: str, tensor: Tensor, x: Tensor) -> None:
+    if tensor.device != x.device:
+        raise ValueError(f"{name}: expected device {x.device} like x, got {tensor.device}")
+    if tensor.dtype not in _check.FLOATING or (tensor.dtype == torch.float64) != (x.dtype == torch.float64):
+        raise TypeError(f"{name}: expected a dtype that goes with x of {x.dtype}, got {tensor.dtype}")

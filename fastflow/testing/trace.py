@@ -1,0 +1,62 @@
+"""The cases of the fused MLP dynamics."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from fastflow import ops
+from fastflow.ops.trace_mlp import _NAMES, _PARAMETERS, ACTIVATIONS, LAYERS
+from fastflow.testing.case import Case, Inputs, randn
+
+NARROW = {"tiny": (2, 2, (3,)), "odd": (37, 5, (33, 17, 7)), "bench": (512, 2, (64, 64, 64))}
+WIDE = {"tiny": (2, 2, (130,)), "odd": (11, 3, (131, 145)), "bench": (200, 43, (860, 860))}
+
+
+def _shapes(layer: str, n: int, m: int) -> tuple[tuple[int, ...], ...]:
+    return ((m, n + (layer == "concat")), (m,), (m, 1), (m,), (m, 1))[: _PARAMETERS[layer]]
+
+
+def _inputs(size: str, sizes: dict, layer: str) -> Inputs:
+    samples, dim, hidden = sizes[size]
+    widths = (dim, *hidden, dim)
+    made = {"x": randn(samples, dim), "t": torch.tensor(0.3, dtype=torch.float64)}
+    for i, (n, m) in enumerate(zip(widths[:-1], widths[1:], strict=True)):
+        for name, shape in zip(_NAMES, _shapes(layer, n, m), strict=False):
+            gain = n**-0.5 if name == "weight" else 0.5
+            made[f"{name}_{i}"] = gain * randn(*shape, seed=i + 1)
+    return made
+
+
+def _run(x: Tensor, t: Tensor, layer: str, count: int | None, backend: str | None = None, **params: Tensor):
+    each, values = _PARAMETERS[layer], list(params.values())
+    layers = [values[i : i + each] for i in range(0, len(values), each)]
+    probes = None if count is None else randn(count, *x.shape).to(x)
+    return partial(ops.mlp_trace, x, t, layers, layer=layer, probes=probes, exact=count is None, backend=backend)
+
+
+def _case(layer: str, activation: str, count: int | None, wide: bool = False) -> Case:
+    name = f"{layer}-{activation}-" + ("exact" if count is None else f"{count}") + ("-wide" if wide else "")
+    make = partial(_inputs, sizes=WIDE if wide else NARROW, layer=layer)
+
+    def run(**inputs: Tensor) -> tuple[Tensor, ...]:
+        return _run(layer=layer, count=count, **inputs)(activation=activation)
+
+    return Case("trace", name, run, make, flops=partial(_flops, count=count), keep=tuple(make("tiny"))[1:])
+
+
+def _flops(inputs: Inputs, count: int | None) -> int:
+    rows = inputs["x"].shape[0] * (1 + (inputs["x"].shape[1] if count is None else count))
+    return 2 * rows * sum(v.numel() for k, v in inputs.items() if k.startswith("weight"))
+
+
+def cases() -> Iterator[Case]:
+    for layer in LAYERS:
+        for activation in ACTIVATIONS:
+            for count in (1, 3, None):
+                yield _case(layer, activation, count)
+    for layer, activation, count in zip((*LAYERS, LAYERS[1]), ACTIVATIONS, (1, 3, None, 1), strict=True):
+        yield _case(layer, activation, count, wide=True)

@@ -1,0 +1,64 @@
+"""The two pictures of a run: samples at several temperatures, and the training curve."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .errors import need
+from .metrics import read_metrics
+
+_GAP = 1  # pixels between samples
+
+
+def _figure(width: float, height: float):
+    """A figure of its own, in inches: pyplot would keep it in a global list."""
+    return need("matplotlib.figure", "matplotlib").Figure((width, height), layout="constrained")
+
+
+def draw_samples(rows: Sequence[Tensor], temperatures: Sequence[float], levels: int, path: str | Path) -> None:
+    """Writes a PNG with one labelled row of samples for every temperature.
+
+    `rows[i]` is uint8 [N, C, H, W] with values below `levels`, drawn at `temperatures[i]`.
+    """
+    n, _, height, width = rows[0].shape
+    figure = _figure(1 + 0.6 * n * width / max(height, width), 0.3 + 0.68 * len(rows) * height / max(height, width))
+    axes = figure.subplots(len(rows), 1, squeeze=False)[:, 0]
+    for axis, images, temperature in zip(axes, rows, temperatures, strict=True):
+        axis.imshow(_strip(images, levels), interpolation="nearest")
+        axis.set_ylabel(f"T = {temperature:g}", rotation=0, ha="right", va="center")
+        axis.set(xticks=[], yticks=[])
+        axis.spines[:].set_visible(False)
+    figure.savefig(path, dpi=150)
+
+
+def _strip(images: Tensor, levels: int):
+    """The samples side by side, RGB [H, N*W + gaps, 3] in 0..1."""
+    n, channels, height, width = images.shape
+    strip = torch.ones(3, height, n, width + _GAP)
+    strip[..., :width] = (images.float() / (levels - 1)).expand(n, 3, height, width).permute(1, 2, 0, 3)
+    return strip.reshape(3, height, -1)[..., :-_GAP].permute(1, 2, 0).numpy()
+
+
+def draw_curve(metrics: str | Path, path: str | Path, baseline: float | None = None) -> None:
+    """Writes a PNG of bits/dim over steps from `metrics.jsonl`, with a dashed `baseline`."""
+    records = read_metrics(Path(metrics))
+    train = [(r["step"], r["train"]) for r in records if "train" in r]
+    held_out = [(r["step"], r["held_out"]) for r in records if "held_out" in r]
+    figure = _figure(6, 4)
+    axis = figure.subplots()
+    if train:
+        axis.plot(*zip(*train, strict=True), lw=0.7, alpha=0.6, label="training batch")
+    if held_out:
+        axis.plot(*zip(*held_out, strict=True), "o-", ms=3, label="held out, averaged weights")
+    if baseline is not None:
+        axis.axhline(baseline, ls="--", color="black", lw=1, label="per-pixel histogram")
+    if train:  # the first steps are far above everything that follows
+        values = sorted(value for _, value in train + held_out)
+        low, high = min(values[0], baseline or values[0]), values[int(0.97 * (len(values) - 1))]
+        axis.set_ylim(low - 0.05 * (high - low) - 1e-3, high + 0.15 * (high - low) + 1e-3)
+    axis.set(xlabel="step", ylabel="bits per dimension")
+    axis.grid(alpha=0.3)
+    axis.legend()
+    figure.savefig(path, dpi=150)

@@ -1,0 +1,202 @@
+"""The training loop: one process, or one of several under torchrun.
+
+What happens in step k is a function of the settings and k alone: the order of the images, the
+dequantisation noise and the seed of the model's own random numbers come from hashes (`noise.py`).
+So a resumed run repeats the run that did not stop bit for bit, and two ranks see the global batch
+that one process would see.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import noise
+from .config import TrainConfig
+from .data import Images
+from .errors import NonFiniteLoss, UserError
+from .interrupt import stop_on_signal
+from .metrics import append_metrics, truncate_metrics
+from .parallel import rank, total, world, wrap
+from .pixels import bits_per_dim, dequantize
+from .progress import Progress
+from .state import State, average, copy_buffers, restore, save, shuffled, start, training_batch
+
+_SETTLE_EVERY = 10  # steps between the moments at which the host waits for the device
+
+
+@dataclass(frozen=True)
+class Result:
+    """What `train` hands back: steps done, last held-out bits/dim, whether it was interrupted."""
+
+    step: int
+    held_out: float | None
+    interrupted: bool
+
+
+def train(
+    model: nn.Module,
+    data: Images,
+    config: TrainConfig,
+    out: str | Path,
+    *,
+    resume: bool = False,
+    progress: bool = True,
+) -> Result:
+    """Trains a flow on images by maximum likelihood, on the device its parameters are on.
+
+    Args:
+        model: a flow with `forward(x) -> log p(x) [B]` in nats for x [B, C, H, W] in [-0.5, 0.5),
+            `initialize(x)`, and `config`, the arguments it was constructed from.
+        data: from `load_data`.
+        config: the settings; a resumed run may change only how long it goes on.
+        out: a folder that receives `metrics.jsonl` and `checkpoint/`.
+        resume: go on from the checkpoint in `out`, bit-identical to not having stopped.
+        progress: show a bar (with tqdm, on a terminal) and a line for every evaluation.
+
+    Under an initialised process group every rank takes its share of each batch. Ctrl-C and SIGTERM
+    finish the current step and write a checkpoint.
+
+    Raises `NonFiniteLoss` naming step and learning rate when the loss or the norm of the gradient
+    is not finite, `UserError` when settings, data, folder and checkpoint do not fit together.
+    """
+    out = Path(out)
+    if config.batch_size % world():
+        raise UserError(f"batch_size: expected a multiple of the {world()} ranks, got {config.batch_size}")
+    if not resume and out.exists() and any(out.iterdir()):
+        raise UserError(f"{out}: expected an empty folder for a new run; --resume continues one")
+    per_epoch, steps = config.steps_per_epoch(len(data.train)), config.total_steps(len(data.train))
+    state = restore(model, data, config, out / "checkpoint") if resume else (start(model, data, config))
+    if rank() == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        truncate_metrics(out / "metrics.jsonl", state.step)
+    forward = wrap(model)
+    device = next(model.parameters()).device
+    bar = Progress(steps, state.step, progress and rank() == 0)
+    pending: list[tuple[float, Tensor, Tensor]] = []  # of the steps since the last settling
+    stopped = False
+    own_rng = torch.random.fork_rng([device] if device.type == "cuda" else [])
+    with stop_on_signal(insist=world() == 1) as stop, own_rng, bar:
+        while state.step < steps and not stopped:
+            x = _next_batch(data, config, state.step, per_epoch, device)
+            torch.manual_seed(noise.key(config.seed, noise.STEP, state.step, rank()))
+            lr = config.lr_at(state.step, steps)
+            pending.append((lr, *_update(forward, state, x, data, config, lr)))
+            state.step += 1
+            evaluating = _due(state.step, config.eval_every or per_epoch, steps)
+            saving = _due(state.step, config.checkpoint_every or per_epoch, steps)
+            alone = world() == 1 and stop.is_set()  # several ranks first agree, in a settling
+            if not (evaluating or saving or alone or state.step % _SETTLE_EVERY == 0):
+                continue
+            records, stopped = _settle(pending, state, per_epoch, stop.is_set())
+            bar.advance(len(pending), records[-1]["train"])
+            pending.clear()
+            if evaluating:
+                _evaluate(state, data, config)
+                records.append({"step": state.step, "epoch": records[-1]["epoch"], "held_out": state.held_out})
+                bar.say(
+                    f"step {state.step:6d}   epoch {state.step / per_epoch:6.2f}   "
+                    f"train {records[-2]['train']:.3f}   "
+                    f"held-out {state.held_out:.3f} bits/dim"
+                )
+            if rank() == 0:
+                append_metrics(out / "metrics.jsonl", records)
+            if saving or stopped:
+                state.saved = state.step
+                if rank() == 0:
+                    save(state, data, config, out / "checkpoint")
+        if stopped:
+            bar.say(f"stopped after step {state.step}; --resume goes on from {out / 'checkpoint'}")
+    return Result(state.step, state.held_out, stopped)
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, data: Images, *, batch_size: int = 256, seed: int = 0) -> float:
+    """Bits per dimension of `model` on `data.held_out`, in full precision.
+
+    The same noise every time, so that two evaluations differ by the model alone. Under a process
+    group every rank takes a share, and all return the result.
+    """
+    device, training = next(model.parameters()).device, model.training
+    model.eval()
+    bits = torch.zeros((), dtype=torch.float64, device=device)
+    for index in torch.arange(rank(), len(data.held_out), world()).split(batch_size):
+        u = noise.uniform(noise.key(seed, noise.HELD_OUT), index.to(device), data.dims)
+        x = dequantize(data.held_out[index].to(device), data.levels, u)
+        bits += bits_per_dim(model(x).double(), data.dims, data.levels).sum()
+    model.train(training)
+    return total(bits).item() / len(data.held_out)
+
+
+def _due(step: int, every: int, steps: int) -> bool:
+    return step % every == 0 or step == steps
+
+
+def _next_batch(data: Images, config: TrainConfig, step: int, per_epoch: int, device: torch.device) -> Tensor:
+    """This rank's share of the batch that follows `step` finished steps."""
+    epoch, position = divmod(step, per_epoch)
+    share = config.batch_size // world()
+    first = position * config.batch_size + rank() * share
+    index = shuffled(config.seed, epoch, len(data.train))[first : first + share]
+    return training_batch(data, index, config.seed, epoch, device)
+
+
+def _update(
+    forward: Callable[[Tensor], Tensor],
+    state: State,
+    x: Tensor,
+    data: Images,
+    config: TrainConfig,
+    lr: float,
+) -> tuple[Tensor, Tensor]:
+    """One optimiser step on `x`: (bits/dim, norm of its gradient), both still on the device."""
+    for group in state.optimizer.param_groups:
+        group["lr"] = lr
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=config.bf16):
+        log_prob = forward(x)
+    loss = bits_per_dim(log_prob, data.dims, data.levels).mean()
+    state.optimizer.zero_grad()
+    loss.backward()
+    norm = nn.utils.clip_grad_norm_(state.model.parameters(), config.clip)
+    state.optimizer.step()
+    average(state, config.ema)
+    return loss.detach(), norm.detach()
+
+
+def _settle(
+    pending: list[tuple[float, Tensor, Tensor]], state: State, per_epoch: int, stop: bool
+) -> tuple[list[dict[str, Any]], bool]:
+    """Metrics of the pending steps, averaged over the ranks, and whether any rank asks to stop.
+
+    The only place between evaluations where the host waits for the device or for other ranks.
+    """
+    figures = torch.stack([torch.stack(pair).double() for _, *pair in pending])
+    asks = figures.new_tensor([[float(stop), 0.0]])
+    *figures, asks = (total(torch.cat((figures, asks))) / world()).tolist()
+    records = []
+    first = state.step - len(pending)
+    for step, (lr, *_), (loss, norm) in zip(count(first), pending, figures, strict=False):
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise _diverged(f"loss {loss} and gradient norm {norm}", step + 1, lr, state)
+        records.append({"step": step + 1, "epoch": step // per_epoch, "train": loss, "grad_norm": norm, "lr": lr})
+    return records, asks[0] > 0
+
+
+def _evaluate(state: State, data: Images, config: TrainConfig) -> None:
+    copy_buffers(state)
+    state.held_out = evaluate(state.ema, data, seed=config.seed)
+    if not math.isfinite(state.held_out):
+        lr = state.optimizer.param_groups[0]["lr"]
+        raise _diverged(f"held-out bits/dim {state.held_out}", state.step, lr, state)
+
+
+def _diverged(what: str, step: int, lr: float, state: State) -> NonFiniteLoss:
+    kept = (
+        "no checkpoint had been written" if state.saved is None else (f"the checkpoint of step {state.saved} is kept")
+    )
+    return NonFiniteLoss(f"{what} at step {step}, learning rate {lr:g}; {kept}")
