@@ -273,8 +273,9 @@ class Glow(nn.Module):
         if self.config["split_prior"] == "conditional":
             network = ZeroConv2d(kept, 2 * out, self.config["padding"], self.config["net_gain"])
             return SplitPrior(channels, network, packing="interleaved")
-        learned = self.config["split_prior"] == "learned"
-        return SplitPrior(channels, ChannelPrior(out).requires_grad_(learned), packing="chunk_ts")
+        return SplitPrior(
+            channels, ChannelPrior(out) if self.config["split_prior"] == "learned" else None, packing="chunk_ts"
+        )
 
     # --- both directions --------------------------------------------------------------------------------
 
@@ -302,7 +303,7 @@ class Glow(nn.Module):
         *parts, x = latents
         for level in reversed(range(len(self.levels))):
             if level < len(self.splits):
-                x, _ = self.splits[level].inverse(x, parts[level])
+                x = self.splits[level].join(x, parts[level])
             x, _ = self._unmix(level, x)
         return x
 
@@ -344,7 +345,7 @@ class Glow(nn.Module):
         x = x.contiguous(memory_format=torch.channels_last)
         for level in reversed(range(len(self.levels))):
             if level < len(self.splits):
-                x, log_prob = self.splits[level].inverse(x, **noise)
+                x, log_prob = self.splits[level].sample(x, **noise)
                 total = total + log_prob
             x, logdet = self._unmix(level, x)
             total = total - logdet
