@@ -178,7 +178,7 @@ def test_split_prior_gives_its_network_the_context():
             return torch.cat([context.expand_as(kept), torch.zeros_like(kept)], 1)
 
     prior = SplitPrior(4, Shift(), packing="chunk_ts")
-    z, _ = prior.inverse(torch.zeros(2, 2), torch.full((2, 1), 3.0), temperature=0.0)
+    z, _ = prior.inverse(torch.zeros(2, 2), context=torch.full((2, 1), 3.0), temperature=0.0)
     assert torch.equal(z[:, 2:], torch.full((2, 2), 3.0))
 
 
