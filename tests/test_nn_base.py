@@ -10,6 +10,7 @@ from torch import nn
 from torch.distributions import Normal
 
 import fastflow
+import fastflow.models
 from fastflow.nn import (
     Bijection,
     DiagonalGaussian,
@@ -149,14 +150,14 @@ def test_split_prior(channels):
         prior.network.weight.normal_(generator=seeded())
     z = randn(3, channels, 4, 4)
     kept, factored, logp = prior(z)
-    assert kept.shape[1] == (channels + 1) // 2 and torch.equal(prior.join(kept, factored), z)
+    assert kept.shape[1] == (channels + 1) // 2 and torch.equal(prior.inverse(kept, factored)[0], z)
     params = prior.network(kept)
     truth = Normal(params[:, 0::2], params[:, 1::2].exp()).log_prob(factored).sum((1, 2, 3))
     torch.testing.assert_close(logp, truth)
-    drawn, logp = prior.sample(kept, temperature=0.7, generator=seeded())
-    assert torch.equal(drawn, prior.sample(kept, temperature=0.7, generator=seeded())[0])
+    drawn, logp = prior.inverse(kept, temperature=0.7, generator=seeded())
+    assert torch.equal(drawn, prior.inverse(kept, temperature=0.7, generator=seeded())[0])
     torch.testing.assert_close(prior(drawn)[2], logp)
-    cold, _ = prior.sample(kept, temperature=0.0)
+    cold, _ = prior.inverse(kept, temperature=0.0)
     assert torch.equal(cold[:, kept.shape[1] :], params[:, 0::2])
 
 
@@ -164,7 +165,7 @@ def test_split_prior_starts_as_the_standard_normal():
     z = randn(3, 4, 4, 4).float()
     standard = SplitPrior(4, None)
     torch.testing.assert_close(SplitPrior(4)(z)[2], standard(z)[2])
-    assert standard.sample(z[:, :2])[0].shape == z.shape
+    assert standard.inverse(z[:, :2])[0].shape == z.shape
     with pytest.raises(ValueError, match="z: expected 4 channels"):
         standard(z[:, :3])
     with pytest.raises(ValueError, match="channels: expected at least 2"):
@@ -177,7 +178,7 @@ def test_split_prior_gives_its_network_the_context():
             return torch.cat([context.expand_as(kept), torch.zeros_like(kept)], 1)
 
     prior = SplitPrior(4, Shift(), packing="chunk_ts")
-    z, _ = prior.sample(torch.zeros(2, 2), torch.full((2, 1), 3.0), temperature=0.0)
+    z, _ = prior.inverse(torch.zeros(2, 2), context=torch.full((2, 1), 3.0), temperature=0.0)
     assert torch.equal(z[:, 2:], torch.full((2, 2), 3.0))
 
 
@@ -288,6 +289,18 @@ def test_inverse_error_finds_the_layer():
     assert len(str(result).splitlines()) == 5 and "bijection.1.1 (Broken)" in str(result)
     with pytest.raises(TypeError, match="model: expected a Bijection"):
         fastflow.inverse_error(nn.Linear(2, 2), randn(3, 4))
+
+
+def test_inverse_error_of_glow():
+    torch.manual_seed(0)
+    model = fastflow.models.Glow((1, 8, 8), levels=2, steps=2, hidden=8).double()
+    x = randn(4, 1, 8, 8)
+    model.initialize(x)
+    result = fastflow.inverse_error(model, x)
+    names = [name for name, _, _ in result.layers]
+    assert names[:3] == ["squeeze (Squeeze)", "levels.0.0 (GlowStep)", "levels.0.1 (GlowStep)"] and len(names) == 6
+    assert max(error for _, error, _ in result.layers) < 1e-12 and result.chain[0] < 1e-12
+    assert result.chain[1] is None and str(result).endswith("-")
 
 
 def broken():

@@ -36,6 +36,7 @@ class Base(nn.Module):
         """(z [n, *shape], log_prob(z) [n]); ``temperature`` multiplies the standard deviation."""
         raise NotImplementedError(f"{type(self).__name__} has no sample_and_log_prob")
 
+    @torch.no_grad()
     def sample(
         self,
         n: int,
@@ -43,7 +44,7 @@ class Base(nn.Module):
         temperature: float = 1.0,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """z [n, *shape]."""
+        """z [n, *shape], without a graph."""
         return self.sample_and_log_prob(n, context, temperature, generator)[0]
 
     def _check(self, z: Tensor) -> None:

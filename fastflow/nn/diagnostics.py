@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,24 +19,26 @@ class InverseError:
     """Round-trip errors: of every layer on the input it gets in the chain, and of the whole chain."""
 
     layers: tuple[tuple[str, float, float], ...]
-    """(name and class, max |x - f^-1(f(x))|, max |logdet forward + logdet inverse|)"""
-    chain: tuple[float, float]
-    """The same two numbers for the whole model."""
+    """(name and class, max |x - f^-1(f(x))|, max |logdet forward + logdet inverse|), in the order of the calls."""
+    chain: tuple[float, float | None]
+    """The same two numbers for the whole model; its second is None where the inverse has no log-determinant."""
 
     def __str__(self) -> str:
         rows = [*self.layers, ("whole chain", *self.chain)]
         width = max(len(name) for name, _, _ in rows)
         lines = [f"{'layer':<{width}}  max |x - f^-1(f(x))|  max |logdet sum|"]
-        lines += [f"{name:<{width}}  {error:>20.3g}  {logdet:>16.3g}" for name, error, logdet in rows]
+        for name, error, logdet in rows:
+            lines.append(f"{name:<{width}}  {error:>20.3g}  {'-' if logdet is None else format(logdet, '.3g'):>16}")
         return "\n".join(lines)
 
 
 @torch.no_grad()
 def inverse_error(model: nn.Module, x: Tensor, context: Tensor | None = None) -> InverseError:
-    """Sends x through every layer and back; ``print`` the result for a table.
+    """Sends x through the model and back, and every layer's input through that layer and back.
 
-    ``model`` is a :class:`Bijection`, or a module with one as its ``bijection``, such as a Flow; nested
-    :class:`Sequential` are walked into. Raises TypeError for anything else.
+    ``model`` is a :class:`Bijection`, a module with one as its ``bijection`` (Flow), or one with ``encode`` and
+    ``decode`` (Glow); TypeError for anything else. Layers are the bijections that it calls, of a :class:`Sequential`
+    its parts. ``print`` the result for a table.
 
     >>> from fastflow.nn import Permutation, Squeeze
     >>> print(inverse_error(Sequential(Squeeze(), Permutation(4)), torch.randn(2, 1, 4, 4)))
@@ -44,29 +47,57 @@ def inverse_error(model: nn.Module, x: Tensor, context: Tensor | None = None) ->
     1 (Permutation)                     0                 0
     whole chain                         0                 0
     """
+    calls: list[tuple[str, Bijection, Tensor, Tensor | None, tuple[Tensor, Tensor]]] = []
+    hooks = [layer.register_forward_hook(_recorder(name, calls), with_kwargs=True) for name, layer in _layers(model)]
+    try:
+        forward = _forward(model, x, context)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    rows = []
+    for name, layer, given, layer_context, output in calls:
+        rows.append((f"{name} ({type(layer).__name__})".lstrip(), *_back(layer, given, layer_context, output)))
+    if isinstance(forward[0], list):
+        return InverseError(tuple(rows), (_largest(model.decode(forward[0], context) - x), None))
+    return InverseError(tuple(rows), _back(_bijection(model), x, context, forward))
+
+
+def _layers(module: nn.Module, name: str = "") -> Iterator[tuple[str, Bijection]]:
+    """The outermost bijections that are no chain."""
+    if isinstance(module, Bijection) and not isinstance(module, Sequential):
+        yield name, module
+        return
+    for child, inner in module.named_children():
+        yield from _layers(inner, f"{name}.{child}" if name else child)
+
+
+def _recorder(name: str, calls: list) -> Any:
+    def record(layer: Bijection, inputs: tuple, keywords: dict, output: tuple[Tensor, Tensor]) -> None:
+        context = inputs[1] if len(inputs) > 1 else keywords.get("context")
+        calls.append((name, layer, inputs[0], context, output))
+
+    return record
+
+
+def _bijection(model: nn.Module) -> Bijection:
     bijection = model if isinstance(model, Bijection) else getattr(model, "bijection", None)
     if not isinstance(bijection, Bijection):
-        raise TypeError(f"model: expected a Bijection or a module with one as .bijection, got {type(model).__name__}")
-    prefix = "" if bijection is model else "bijection"
-    rows, layer_input = [], x
-    for name, layer in _walk(bijection, prefix):
-        layer_input, error = _round_trip(layer, layer_input, context)
-        rows.append((f"{name} ({type(layer).__name__})".lstrip(), *error))
-    return InverseError(tuple(rows), _round_trip(bijection, x, context)[1])
+        raise TypeError(
+            "model: expected a Bijection, a module with one as .bijection, or one with encode and decode, "
+            f"got {type(model).__name__}"
+        )
+    return bijection
 
 
-def _walk(bijection: Bijection, name: str) -> Iterator[tuple[str, Bijection]]:
-    if not isinstance(bijection, Sequential):
-        yield name, bijection
-        return
-    for child, layer in bijection.named_children():
-        yield from _walk(layer, f"{name}.{child}" if name else child)
+def _forward(model: nn.Module, x: Tensor, context: Tensor | None) -> tuple[Tensor | list[Tensor], Tensor]:
+    if hasattr(model, "encode") and hasattr(model, "decode"):
+        return model.encode(x, context)
+    return _bijection(model)(x, context)
 
 
-def _round_trip(layer: Bijection, x: Tensor, context: Tensor | None) -> tuple[Tensor, tuple[float, float]]:
-    z, logdet = layer(x, context)
-    back, minus = layer.inverse(z, context)
-    return z, (_largest(back - x), _largest(logdet + minus))
+def _back(layer: Bijection, x: Tensor, context: Tensor | None, output: tuple[Tensor, Tensor]) -> tuple[float, float]:
+    back, minus = layer.inverse(output[0], context)
+    return _largest(back - x), _largest(output[1] + minus)
 
 
 def _largest(x: Tensor) -> float:

@@ -36,6 +36,7 @@ class Flow(nn.Module):
         z, logdet = self.bijection(x, context)
         return self.base.log_prob(z, context) + logdet
 
+    @torch.no_grad()
     def sample(
         self,
         n: int,
@@ -43,7 +44,7 @@ class Flow(nn.Module):
         temperature: float = 1.0,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """n samples; ``temperature`` multiplies the standard deviation of the base."""
+        """n samples, without a graph; ``temperature`` multiplies the standard deviation of the base."""
         return self.sample_and_log_prob(n, context, temperature, generator)[0]
 
     def sample_and_log_prob(

@@ -29,9 +29,10 @@ class SplitPrior(nn.Module):
     >>> prior = SplitPrior(6)
     >>> z = torch.randn(2, 6, 4, 4)
     >>> kept, factored, logp = prior(z)
-    >>> torch.equal(prior.join(kept, factored), z), logp.shape
-    (True, torch.Size([2]))
-    >>> z, logp = prior.sample(kept, temperature=0.7)
+    >>> again, same = prior.inverse(kept, factored)
+    >>> torch.equal(again, z), torch.equal(same, logp), kept.shape
+    (True, True, torch.Size([2, 3, 4, 4]))
+    >>> z, logp = prior.inverse(kept, temperature=0.7)
     """
 
     def __init__(
@@ -56,32 +57,26 @@ class SplitPrior(nn.Module):
         params = self._params(kept, context)
         return kept, factored, gaussian_log_prob(factored, params, packing=self.packing, scale=self.scale)
 
-    def join(self, kept: Tensor, factored: Tensor) -> Tensor:
-        """z again from its parts."""
-        return torch.cat([kept, factored], 1)
-
-    def sample(
+    def inverse(
         self,
         kept: Tensor,
+        factored: Tensor | None = None,
         context: Tensor | None = None,
         temperature: float = 1.0,
         generator: torch.Generator | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """(z [B, C, ...] with its factored part sampled given kept, the log-likelihood [B] of that part).
+        """(z [B, C, ...], log-likelihood [B] of its factored part), which is sampled where it is not given.
 
-        ``temperature`` multiplies the standard deviation; the likelihood is the untempered one.
+        ``temperature`` multiplies the standard deviation of the sample; the likelihood is the untempered one.
         """
-        factored, logp = gaussian_sample(
-            self._params(kept, context),
-            shape=(kept.shape[0], self.channels - self.kept, *kept.shape[2:]),
-            packing=self.packing,
-            scale=self.scale,
-            temperature=temperature,
-            generator=generator,
-            dtype=kept.dtype,
-            device=kept.device,
-        )
-        return self.join(kept, factored), logp
+        params, options = self._params(kept, context), {"packing": self.packing, "scale": self.scale}
+        if factored is None:
+            shape = (kept.shape[0], self.channels - self.kept, *kept.shape[2:])
+            noise = {"temperature": temperature, "generator": generator, "dtype": kept.dtype, "device": kept.device}
+            factored, logp = gaussian_sample(params, shape=shape, **noise, **options)
+        else:
+            logp = gaussian_log_prob(factored, params, **options)
+        return torch.cat([kept, factored], 1), logp
 
     def _params(self, kept: Tensor, context: Tensor | None) -> Tensor | None:
         if self.network is None:
