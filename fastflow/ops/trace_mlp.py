@@ -261,8 +261,8 @@ def mlp_trace(
     probes, reduce = _probes(x, probes, exact)
     time = _time(t, x)
     params = _parameters(x, layers, layer)
-    backend = choose((x, time, probes, *params), backend)
-    tensors = tuple(p.to(dtype) for p in (x, time, probes, *params))
+    backend = choose((x,), backend)  # all others are of its device and of a dtype that goes with it
+    tensors = tuple(p if p.dtype == dtype else p.to(dtype) for p in (x, time, probes, *params))
     with _without_autocast(x.device.type):
         value, trace = _run(backend, tensors, LAYERS.index(layer), ACTIVATIONS.index(activation))
     return value.to(x.dtype), {"sum": lambda: trace.sum(0), "only": lambda: trace[0], "all": lambda: trace}[reduce]()
@@ -296,7 +296,7 @@ def _probes(x: Tensor, probes: Tensor | None, exact: bool) -> tuple[Tensor, str]
         raise TypeError(f"probes: expected a tensor, got {type(probes).__name__}")
     if probes.dim() not in (2, 3) or probes.shape[-2:] != x.shape:
         raise ValueError(f"probes: expected [S, {x.shape[0]}, {x.shape[1]}] or x's shape, got {list(probes.shape)}")
-    _same_kind("probes", probes, x)
+    _goes_with(x, "probes", probes)
     return (probes.detach()[None], "only") if probes.dim() == 2 else (probes.detach(), "all")
 
 
@@ -305,8 +305,7 @@ def _time(t: Tensor | float, x: Tensor) -> Tensor:
         return torch.full((), t, dtype=accumulator(x.dtype), device=x.device)
     if t.numel() != 1:
         raise ValueError(f"t: expected one element, got {list(t.shape)}")
-    if t.device != x.device:
-        raise ValueError(f"t: expected device {x.device} like x, got {t.device}")
+    _goes_with(x, "t", t)
     return t.reshape(()) if t.dim() else t
 
 
@@ -324,7 +323,8 @@ def _parameters(x: Tensor, layers: Sequence[Sequence[Tensor]], layer: str) -> li
         for name, tensor, shape in zip(_NAMES, given, expected, strict=False):
             if tensor.shape != shape:
                 raise ValueError(f"layers[{i}] {name}: expected {list(shape)}, got {list(tensor.shape)}")
-            _same_kind(f"layers[{i}] {name}", tensor, x)
+            if tensor.dtype != x.dtype or tensor.device != x.device:
+                _goes_with(x, f"layers[{i}] {name}", tensor)
         params += given
         width = out
     if width != x.shape[1]:
@@ -332,7 +332,7 @@ def _parameters(x: Tensor, layers: Sequence[Sequence[Tensor]], layer: str) -> li
     return params
 
 
-def _same_kind(name: str, tensor: Tensor, x: Tensor) -> None:
+def _goes_with(x: Tensor, name: str, tensor: Tensor) -> None:
     if tensor.device != x.device:
         raise ValueError(f"{name}: expected device {x.device} like x, got {tensor.device}")
     if tensor.dtype not in _check.FLOATING or (tensor.dtype == torch.float64) != (x.dtype == torch.float64):

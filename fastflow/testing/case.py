@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -36,6 +36,10 @@ class Case:
     flops: Callable[[Inputs], int] | None = None
     keep: tuple[str, ...] = field(default=())
     """Inputs that must stay as they are made: no other layout, no cast below float32."""
+    orders: Callable[[Inputs], Iterator[Inputs]] | None = None
+    """The same computation summed in other orders, where layouts alone do not change them."""
+    library: bool = False
+    """A library computes the products: bits are the same from run to run, but not on any number of threads."""
 
     @property
     def id(self) -> str:

@@ -72,6 +72,8 @@ def layouts(case: Case, inputs: Inputs) -> Iterator[tuple[str, Inputs]]:
         return torch.cat([t, t, t], 1)[:, t.shape[1] : 2 * t.shape[1]]
 
     yield "split", each(split)
+    for i, reordered in enumerate(case.orders(inputs) if case.orders else ()):
+        yield f"order {i}", reordered
     if any(t.dim() == 4 for t in inputs.values()):
         yield "channels_last", each(lambda t: t.contiguous(memory_format=torch.channels_last) if t.dim() == 4 else t)
         yield (
@@ -179,7 +181,7 @@ def check_deterministic(case: Case, backend: str, dtype: torch.dtype = torch.flo
     threads = torch.get_num_threads()
     first = case.run(backend=backend, **inputs)
     try:
-        torch.set_num_threads(1)
+        torch.set_num_threads(threads if case.library else 1)
         second = case.run(backend=backend, **inputs)
     finally:
         torch.set_num_threads(threads)
