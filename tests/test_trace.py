@@ -214,7 +214,8 @@ def test_saturated_units(activation):
             results.append((*outputs, *grads))
         for a, b in zip(*results, strict=True):
             assert torch.isfinite(a).all()
-            assert (a - b).abs().max() <= 20 * torch.finfo(dtype).eps * max(1, b.abs().max().item())
+            # a slope at 40 has terms of 40: a few roundings of those
+            assert (a - b).abs().max() <= 200 * torch.finfo(dtype).eps * max(1, b.abs().max().item())
 
 
 @pytest.mark.parametrize("samples", [1, 700])

@@ -3,13 +3,13 @@
 // Bound by the rate of multiply-adds: a block of samples stays in L1 through all layers, the weights beside it.
 #include "../trace.h"
 
+#include <pybind11/stl.h>
+
 #include <algorithm>
 #include <cstdint>
 #include <memory>
 #include <stdexcept>
 #include <vector>
-
-#include <pybind11/stl.h>
 
 #include "module.h"
 #include "parallel.h"
@@ -119,9 +119,7 @@ struct Parameters {
   }
   template <class T>
   T shift(int64_t i, T t) const {
-    return kind == Kind::concat_squash ? t * at<T>(hyper, i)
-           : kind == Kind::concat      ? t * at<T>(weight, i)
-                                       : T(0);
+    return kind == Kind::concat_squash ? t * at<T>(hyper, i) : kind == Kind::concat ? t * at<T>(weight, i) : T(0);
   }
 };
 
@@ -205,8 +203,8 @@ void forward(const Net<T>& net, const View& x, const View& probes, const View& v
         const Affine<T>& layer = net.layers[l];
         const int64_t width = padded(layer.out);
         T* a = saved && l < last ? net.kept(saved, l) + first * rows * width : buffers[l % 2];
-        multiply(Product<T>{count * rows, width, layer.in, in, padded(layer.in), 1, layer.weight.data(), width, a,
-                            width});
+        multiply(
+            Product<T>{count * rows, width, layer.in, in, padded(layer.in), 1, layer.weight.data(), width, a, width});
         if (l == last) {
           in = a;
           break;
@@ -376,8 +374,7 @@ void mlp_trace_bwd(const View& x, const View& t, const View& probes, const std::
   with_accumulator(x.dtype, [&](auto type) {
     using T = decltype(type);
     const Net<T> net(x, t, probes, raw, kind, false);
-    with_activation(activation,
-                    [&](auto a) { backward<a()>(net, x, probes, saved, gvalue, gtrace, gx, gt, graw); });
+    with_activation(activation, [&](auto a) { backward<a()>(net, x, probes, saved, gvalue, gtrace, gx, gt, graw); });
   });
 }
 
@@ -408,8 +405,8 @@ void trace_activation_bwd(const View& kept, const View& g, const View& y, int ac
           if (!y) continue;
           for (int64_t s = 0; s <= tangents; ++s)
             std::copy(from + s * kept.stride[1], from + s * kept.stride[1] + width, &at<T>(y, b, s));
-          forward_rows<kind()>(&at<T>(y, b), static_cast<const T*>(nullptr), &at<T>(y, b), tangents, width,
-                               y.stride[1], y.stride[1]);
+          forward_rows<kind()>(&at<T>(y, b), static_cast<const T*>(nullptr), &at<T>(y, b), tangents, width, y.stride[1],
+                               y.stride[1]);
         }
       });
     });

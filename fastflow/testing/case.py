@@ -37,7 +37,7 @@ class Case:
     keep: tuple[str, ...] = field(default=())
     """Inputs that must stay as they are made: no other layout, no cast below float32."""
     orders: Callable[[Inputs], Iterator[Inputs]] | None = None
-    """The same computation summed in other orders, where layouts alone do not change them."""
+    """Inputs for the same results, summed in other orders: samples of the reference's error."""
     library: bool = False
     """A library computes the products: bits are the same from run to run, but not on any number of threads."""
 

@@ -72,8 +72,6 @@ def layouts(case: Case, inputs: Inputs) -> Iterator[tuple[str, Inputs]]:
         return torch.cat([t, t, t], 1)[:, t.shape[1] : 2 * t.shape[1]]
 
     yield "split", each(split)
-    for i, reordered in enumerate(case.orders(inputs) if case.orders else ()):
-        yield f"order {i}", reordered
     if any(t.dim() == 4 for t in inputs.values()):
         yield "channels_last", each(lambda t: t.contiguous(memory_format=torch.channels_last) if t.dim() == 4 else t)
         yield (
@@ -97,7 +95,8 @@ def _against(case: Case, backend: str, dtype: torch.dtype, device: str, size: st
     inputs = cast(case, case.inputs(size), dtype, device)
     truth = compute({k: v.double() if v.is_floating_point() else v for k, v in inputs.items()}, "reference")
     lower = cast(case, inputs, torch.float32, device) if dtype == torch.float64 else inputs
-    same = [compute(arranged, "reference") for _, arranged in layouts(case, lower)]
+    arrangements = [*(arranged for _, arranged in layouts(case, lower)), *(case.orders(lower) if case.orders else ())]
+    same = [compute(arranged, "reference") for arranged in arrangements]
     for layout, arranged in layouts(case, inputs):
         for i, (value, expected, *references) in enumerate(zip(compute(arranged, backend), truth, *same, strict=True)):
             compare(f"{case.id} {backend} {dtype} {size} {layout}, tensor {i}", value, expected, references)

@@ -12,8 +12,8 @@ from fastflow import ops
 from fastflow.ops.trace_mlp import _NAMES, _PARAMETERS, ACTIVATIONS, LAYERS
 from fastflow.testing.case import Case, Inputs, randn
 
-NARROW = {"tiny": (2, 2, (3,)), "odd": (37, 5, (33, 17, 7)), "bench": (512, 2, (64, 64, 64))}
-WIDE = {"tiny": (2, 2, (130,)), "odd": (11, 3, (131, 145)), "bench": (200, 43, (860, 860))}
+NARROW = {"tiny": (5, 3, (6, 4)), "odd": (37, 5, (33, 17, 7)), "bench": (512, 2, (64, 64, 64))}
+WIDE = {"tiny": (5, 3, (130,)), "odd": (11, 3, (131, 145)), "bench": (200, 43, (860, 860))}
 
 
 def _shapes(layer: str, n: int, m: int) -> tuple[tuple[int, ...], ...]:
@@ -34,7 +34,7 @@ def _inputs(size: str, sizes: dict, layer: str) -> Inputs:
 def _run(
     x: Tensor, t: Tensor, layer: str, count: int | None, backend=None, order: Tensor | None = None, **rest
 ) -> tuple[Tensor, Tensor]:
-    """Where ``order`` is given samples, variables and hidden units are permuted on the way in, and back on the way out."""
+    """With ``order`` the samples, variables and hidden units are permuted on the way in, and back on the way out."""
     activation = rest.pop("activation")
     each, values = _PARAMETERS[layer], list(rest.values())
     layers = [values[i : i + each] for i in range(0, len(values), each)]
@@ -59,7 +59,7 @@ def _permutation(n: int, order: Tensor) -> Tensor:
 
 
 def _orders(inputs: Inputs) -> Iterator[Inputs]:
-    return ({**inputs, "order": torch.tensor(seed)} for seed in range(4))
+    return ({**inputs, "order": torch.tensor(seed)} for seed in range(12))
 
 
 def _case(layer: str, activation: str, count: int | None, wide: bool = False) -> Case:
