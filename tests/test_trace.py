@@ -218,9 +218,10 @@ def test_saturated_units(activation):
             assert (a - b).abs().max() <= 200 * torch.finfo(dtype).eps * max(1, b.abs().max().item())
 
 
+@pytest.mark.parametrize("hidden", [(64, 33), (FUSED_WIDTH + 200, 40)])
 @pytest.mark.parametrize("samples", [1, 700])
-def test_gradients_are_the_same_bits_on_any_number_of_threads(samples):
-    layers = mlp(hidden=(64, 33), dtype=torch.float32)
+def test_gradients_are_the_same_bits_on_any_number_of_threads(samples, hidden):
+    layers = mlp(hidden=hidden, dtype=torch.float32)
     x, e = testing.case.randn(samples, 3).float(), ops.probes((2, samples, 3), seed=0)
     params = [p for given in layers for p in given]
     threads, found = torch.get_num_threads(), []

@@ -26,7 +26,7 @@ __all__ = ["mlp_trace"]
 
 ACTIVATIONS = ("tanh", "softplus", "elu", "silu")  # as in csrc/trace.h
 LAYERS = ("concat", "concat_squash", "ignore")  # as in csrc/cpu/trace.cpp
-FUSED_WIDTH = 128  # up to this width a block of samples stays in the cache; wider products are torch's
+FUSED_WIDTH = 128  # up to this width a block of samples stays in the cache; wider layers go one by one
 
 _PARAMETERS = {"concat": 2, "concat_squash": 5, "ignore": 2}
 _NAMES = ("weight", "bias", "gate_weight", "gate_bias", "hyper_weight")
@@ -107,25 +107,26 @@ def _backward(kernel, x, t, probes, params, saved, gvalue, gtrace, layer, activa
     return [gx, gt, *gparams]
 
 
-# --- contract: wide layers, torch's products and the activation between them ------------------------
+# --- contract: wide layers, one kernel each ---------------------------------------------------------
 
 
-@op(f"mlp_trace_wide_fwd{_FORWARD}", kernel="trace_activation_fwd")
+@op(f"mlp_trace_wide_fwd{_FORWARD}", kernel="trace_layer_fwd")
 def _wide_forward(kernel, x, t, probes, params, layer, activation, save):
     layers = _affine(t, params, layer)
     rows = _stack(x, probes)
     saved, kept = _kept(rows, layers)
     y = rows
     for (weight, bias), a in zip(layers[:-1], kept, strict=True):
-        torch.mm(y.flatten(0, 1), weight.t(), out=a.flatten(0, 1))
-        y = torch.empty_like(a) if _keeps_input(activation) else a
-        kernel(a, bias, y, activation)
+        z = torch.empty_like(a) if _keeps_input(activation) else a
+        kernel(y, weight, bias, a, z, activation)
+        y = z
     weight, bias = layers[-1]
-    last = (y.flatten(0, 1) @ weight.t()).view_as(rows)
+    last = torch.empty_like(rows)
+    kernel(y, weight, None, last, None, activation)
     return last[:, 0] + bias, (last[:, 1:] * rows[:, 1:]).sum(2).t().contiguous(), saved
 
 
-@op(f"mlp_trace_wide_bwd{_BACKWARD}", kernel="trace_activation_bwd")
+@op(f"mlp_trace_wide_bwd{_BACKWARD}", kernel="trace_layer_bwd")
 def _wide_backward(kernel, x, t, probes, params, saved, gvalue, gtrace, layer, activation):
     layers = _affine(t, params, layer)
     rows = _stack(x, probes)
@@ -133,17 +134,15 @@ def _wide_backward(kernel, x, t, probes, params, saved, gvalue, gtrace, layer, a
     g = _stack(gvalue, gtrace[..., None] * probes)
     gt, gparams = torch.zeros_like(t), []
     for i in reversed(range(len(layers))):
-        weight, y, previous = layers[i][0], rows, g[:, 0]
-        if i > 0:
-            previous, y = (g.flatten(0, 1) @ weight).view_as(kept[i - 1]), kept[i - 1]
-            again = torch.empty_like(y) if _keeps_input(activation) else None
-            kernel(y, previous, again, activation)
-            y = y if again is None else again
-        gweight, gbias = g.flatten(0, 1).t() @ y.flatten(0, 1), g[:, 0].sum(0)
-        of_t, *grads = _unfold(t, _layers(params, layer)[i], layer, gweight, gbias)
+        weight, before = layers[i][0], kept[i - 1] if i > 0 else None
+        y = rows if before is None else torch.empty_like(before) if _keeps_input(activation) else before
+        previous = torch.empty_like(rows[:, 0] if before is None else before)
+        gweight = weight.new_empty(weight.shape)
+        kernel(g, weight, before, y, gweight, previous, activation)
+        of_t, *grads = _unfold(t, _layers(params, layer)[i], layer, gweight, g[:, 0].sum(0))
         gt, gparams = gt + of_t, [*grads, *gparams]
         g = previous
-    return [g @ layers[0][0], gt, *gparams]
+    return [g, gt, *gparams]
 
 
 def _keeps_input(activation: int) -> bool:

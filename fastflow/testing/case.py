@@ -38,8 +38,6 @@ class Case:
     """Inputs that must stay as they are made: no other layout, no cast below float32."""
     orders: Callable[[Inputs], Iterator[Inputs]] | None = None
     """Inputs for the same results, summed in other orders: samples of the reference's error."""
-    library: bool = False
-    """A library computes the products: bits are the same from run to run, but not on any number of threads."""
 
     @property
     def id(self) -> str:

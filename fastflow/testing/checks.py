@@ -180,7 +180,7 @@ def check_deterministic(case: Case, backend: str, dtype: torch.dtype = torch.flo
     threads = torch.get_num_threads()
     first = case.run(backend=backend, **inputs)
     try:
-        torch.set_num_threads(threads if case.library else 1)
+        torch.set_num_threads(1)
         second = case.run(backend=backend, **inputs)
     finally:
         torch.set_num_threads(threads)

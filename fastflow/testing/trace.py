@@ -73,7 +73,6 @@ def _case(layer: str, activation: str, count: int | None, wide: bool = False) ->
         flops=partial(_flops, count=count),
         keep=tuple(make("tiny"))[1:],
         orders=_orders,
-        library=wide,
     )
 
 
