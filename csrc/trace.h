@@ -1,6 +1,6 @@
-// The activations of MLP dynamics and what a tangent sees of them:  y = phi(a),  y' = phi'(a) a'
-// In reverse, with the gradients g of y and g' of the tangents y':  g_a = g phi'(a) + phi''(a) sum a' g',  g_a' = g' phi'(a)
-// so one value d = phi'(a) and one curvature c serve every tangent of a unit.
+// The activations of MLP dynamics and what a tangent sees of them:  y = phi(a),  y' = phi'(a) a'.  In reverse, with the
+// gradients g of y and g' of the tangents y':  g_a = g phi'(a) + phi''(a) sum a' g',  g_a' = g' phi'(a), so one slope
+// and one curvature serve every tangent of a unit.
 #pragma once
 
 #include "math.h"

@@ -6,6 +6,9 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <vector>
+
+#include "parallel.h"
 
 namespace fastflow {
 
@@ -103,6 +106,44 @@ void columns(const Product<T>& p, int64_t j) {
 template <class T>
 void multiply(const Product<T>& p) {
   columns<kTileVectors>(p, 0);
+}
+
+// The same for matrices of any size and any strides of B: a panel of B is packed, then all rows of A go past it.
+constexpr int64_t kPanel = 64;       // columns of B that are packed together
+constexpr int64_t kPanelRows = 120;  // rows of a task where there are few panels
+
+template <class T>
+void pack(const Product<T>& p, int64_t b_column, int64_t first, int64_t count, int64_t width, T* to) {
+  constexpr int64_t step = 16;  // of the depth: rows of the panel that stay in L1 while a transposed B is read
+  if (count < width) std::fill(to, to + p.depth * width, T(0));
+  for (int64_t k0 = 0; k0 < p.depth; k0 += step)
+    for (int64_t j = 0; j < count; ++j)
+      for (int64_t k = k0; k < std::min(k0 + step, p.depth); ++k)
+        to[k * width + j] = p.b[k * p.b_row + (first + j) * b_column];
+}
+
+template <class T>
+void multiply_panels(const Product<T>& p, int64_t b_column) {
+  const int64_t panels = (p.columns + kPanel - 1) / kPanel;
+  const int64_t height = panels < 8 ? kPanelRows : std::max<int64_t>(1, p.rows);
+  const int64_t strips = (p.rows + height - 1) / height;
+  parallel_for(panels * strips, p.rows * p.columns * p.depth >= 256 * 1024, [&](int64_t begin, int64_t end) {
+    std::vector<T> panel(p.depth * kPanel), out(height * kPad);
+    int64_t packed = -1;
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t first = task / strips * kPanel, count = std::min(kPanel, p.columns - first);
+      const int64_t row = task % strips * height, rows = std::min(height, p.rows - row);
+      const int64_t width = padded(count), whole = count / kPad * kPad;
+      if (packed != first) pack(p, b_column, first, count, width, panel.data());
+      packed = first;
+      const T* a = p.a + row * p.a_row;
+      T* c = p.c + row * p.c_row + first;
+      if (whole > 0) multiply(Product<T>{rows, whole, p.depth, a, p.a_row, p.a_depth, panel.data(), width, c, p.c_row});
+      if (whole == count) continue;
+      multiply(Product<T>{rows, kPad, p.depth, a, p.a_row, p.a_depth, panel.data() + whole, width, out.data(), kPad});
+      for (int64_t i = 0; i < rows; ++i) std::copy_n(out.data() + i * kPad, count - whole, c + i * p.c_row + whole);
+    }
+  });
 }
 
 }  // namespace fastflow

@@ -3,13 +3,13 @@
 // Bound by the rate of multiply-adds: a block of samples stays in L1 through all layers, the weights beside it.
 #include "../trace.h"
 
+#include <pybind11/stl.h>
+
 #include <algorithm>
 #include <cstdint>
 #include <memory>
 #include <stdexcept>
 #include <vector>
-
-#include <pybind11/stl.h>
 
 #include "module.h"
 #include "parallel.h"
@@ -119,9 +119,7 @@ struct Parameters {
   }
   template <class T>
   T shift(int64_t i, T t) const {
-    return kind == Kind::concat_squash ? t * at<T>(hyper, i)
-           : kind == Kind::concat      ? t * at<T>(weight, i)
-                                       : T(0);
+    return kind == Kind::concat_squash ? t * at<T>(hyper, i) : kind == Kind::concat ? t * at<T>(weight, i) : T(0);
   }
 };
 
@@ -205,8 +203,8 @@ void forward(const Net<T>& net, const View& x, const View& probes, const View& v
         const Affine<T>& layer = net.layers[l];
         const int64_t width = padded(layer.out);
         T* a = saved && l < last ? net.kept(saved, l) + first * rows * width : buffers[l % 2];
-        multiply(Product<T>{count * rows, width, layer.in, in, padded(layer.in), 1, layer.weight.data(), width, a,
-                            width});
+        multiply(
+            Product<T>{count * rows, width, layer.in, in, padded(layer.in), 1, layer.weight.data(), width, a, width});
         if (l == last) {
           in = a;
           break;
@@ -376,43 +374,63 @@ void mlp_trace_bwd(const View& x, const View& t, const View& probes, const std::
   with_accumulator(x.dtype, [&](auto type) {
     using T = decltype(type);
     const Net<T> net(x, t, probes, raw, kind, false);
-    with_activation(activation,
-                    [&](auto a) { backward<a()>(net, x, probes, saved, gvalue, gtrace, gx, gt, graw); });
+    with_activation(activation, [&](auto a) { backward<a()>(net, x, probes, saved, gvalue, gtrace, gx, gt, graw); });
   });
 }
 
-// The activation alone, for layers whose products a library does: all views are [B, 1 + S, n], rows contiguous.
-void trace_activation_fwd(const View& a, const View& bias, const View& y, int activation) {
+// --- one layer, for widths that leave the cache -------------------------------------------------------
+// rows of samples are [B, 1 + S, n], contiguous; W [m, n] has any strides
+
+template <class T>
+T* rows_of(const View& v) {
+  if (v.stride[2] != 1 && v.size[2] > 1) throw std::invalid_argument("rows must be contiguous");
+  return reinterpret_cast<T*>(v.data);
+}
+
+// a = y W^T, then value and tangents of the activation: z = phi(a + bias); no activation where z is not given
+void trace_layer_fwd(const View& y, const View& weight, const View& bias, const View& a, const View& z,
+                     int activation) {
+  const int64_t rows = a.size[0] * a.size[1], out = a.size[2];
   with_accumulator(a.dtype, [&](auto type) {
     using T = decltype(type);
+    multiply_panels(Product<T>{rows, out, y.size[2], rows_of<T>(y), y.size[2], 1, &at<T>(weight), weight.stride[1],
+                               rows_of<T>(a), out},
+                    weight.stride[0]);
+    if (!z) return;
     with_activation(activation, [&](auto kind) {
-      parallel_for(a.size[0], a.size[0] * a.size[1] * a.size[2] >= kParallelElements, [&](int64_t begin, int64_t end) {
+      parallel_for(a.size[0], rows * out >= kParallelElements, [&](int64_t begin, int64_t end) {
         for (int64_t b = begin; b < end; ++b)
-          forward_rows<kind()>(&at<T>(a, b), bias ? &at<T>(bias) : nullptr, &at<T>(y, b), a.size[1] - 1, a.size[2],
-                               a.stride[1], y.stride[1]);
+          forward_rows<kind()>(&at<T>(a, b), &at<T>(bias), &at<T>(z, b), a.size[1] - 1, out, out, out);
       });
     });
   });
 }
 
-// `y`, where inputs are kept, gets the outputs again: the gradient of the next weights needs them
-void trace_activation_bwd(const View& kept, const View& g, const View& y, int activation) {
-  const int64_t tangents = g.size[1] - 1, width = g.size[2];
+// g of a layer's a [B, 1 + S, m] -> gW = g^T y [m, n], and g of the a before, or of x [B, n] where nothing is kept.
+// Where inputs are kept `y` is first made from them.
+void trace_layer_bwd(const View& g, const View& weight, const View& kept, const View& y, const View& gweight,
+                     const View& previous, int activation) {
+  const int64_t samples = g.size[0], all = samples * g.size[1], tangents = g.size[1] - 1, m = g.size[2], n = y.size[2];
   with_accumulator(g.dtype, [&](auto type) {
     using T = decltype(type);
-    with_activation(activation, [&](auto kind) {
-      parallel_for(g.size[0], g.size[0] * g.size[1] * width >= kParallelElements, [&](int64_t begin, int64_t end) {
-        for (int64_t b = begin; b < end; ++b) {
-          const T* from = &at<T>(kept, b);
-          backward_rows<kind()>(from, &at<T>(g, b), tangents, width, kept.stride[1], g.stride[1]);
-          if (!y) continue;
-          for (int64_t s = 0; s <= tangents; ++s)
-            std::copy(from + s * kept.stride[1], from + s * kept.stride[1] + width, &at<T>(y, b, s));
-          forward_rows<kind()>(&at<T>(y, b), static_cast<const T*>(nullptr), &at<T>(y, b), tangents, width,
-                               y.stride[1], y.stride[1]);
-        }
+    const int64_t step = kept ? 1 : g.size[1];  // x has a gradient, the probes have none
+    multiply_panels(Product<T>{all / step, n, m, rows_of<T>(g), step * m, 1, &at<T>(weight), weight.stride[0],
+                               reinterpret_cast<T*>(previous.data), n},
+                    weight.stride[1]);
+    if (kept)
+      with_activation(activation, [&](auto kind) {
+        parallel_for(samples, all * n >= kParallelElements, [&](int64_t begin, int64_t end) {
+          for (int64_t b = begin; b < end; ++b) {
+            const T* from = &at<T>(kept, b);
+            T* to = &at<T>(y, b);
+            backward_rows<kind()>(from, &at<T>(previous, b), tangents, n, n, n);
+            if (!keeps_input(kind())) continue;
+            std::copy_n(from, (1 + tangents) * n, to);
+            forward_rows<kind()>(to, static_cast<const T*>(nullptr), to, tangents, n, n, n);
+          }
+        });
       });
-    });
+    multiply_panels(Product<T>{m, n, all, rows_of<T>(g), 1, m, rows_of<T>(y), n, rows_of<T>(gweight), n}, 1);
   });
 }
 
@@ -425,6 +443,6 @@ FASTFLOW_BIND(trace) {
   const auto release = py::call_guard<py::gil_scoped_release>();
   m.def("mlp_trace_fwd", &mlp_trace_fwd, release);
   m.def("mlp_trace_bwd", &mlp_trace_bwd, release);
-  m.def("trace_activation_fwd", &trace_activation_fwd, release);
-  m.def("trace_activation_bwd", &trace_activation_bwd, release);
+  m.def("trace_layer_fwd", &trace_layer_fwd, release);
+  m.def("trace_layer_bwd", &trace_layer_bwd, release);
 }

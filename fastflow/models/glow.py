@@ -303,7 +303,7 @@ class Glow(nn.Module):
         *parts, x = latents
         for level in reversed(range(len(self.levels))):
             if level < len(self.splits):
-                x = self.splits[level].join(x, parts[level])
+                x, _ = self.splits[level].inverse(x, parts[level])
             x, _ = self._unmix(level, x)
         return x
 
@@ -345,7 +345,7 @@ class Glow(nn.Module):
         x = x.contiguous(memory_format=torch.channels_last)
         for level in reversed(range(len(self.levels))):
             if level < len(self.splits):
-                x, log_prob = self.splits[level].sample(x, **noise)
+                x, log_prob = self.splits[level].inverse(x, **noise)
                 total = total + log_prob
             x, logdet = self._unmix(level, x)
             total = total - logdet

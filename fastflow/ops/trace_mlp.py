@@ -26,7 +26,7 @@ __all__ = ["mlp_trace"]
 
 ACTIVATIONS = ("tanh", "softplus", "elu", "silu")  # as in csrc/trace.h
 LAYERS = ("concat", "concat_squash", "ignore")  # as in csrc/cpu/trace.cpp
-FUSED_WIDTH = 128  # up to this width a block of samples stays in the cache; wider products are torch's
+FUSED_WIDTH = 128  # up to this width a block of samples stays in the cache; wider layers go one by one
 
 _PARAMETERS = {"concat": 2, "concat_squash": 5, "ignore": 2}
 _NAMES = ("weight", "bias", "gate_weight", "gate_bias", "hyper_weight")
@@ -107,25 +107,26 @@ def _backward(kernel, x, t, probes, params, saved, gvalue, gtrace, layer, activa
     return [gx, gt, *gparams]
 
 
-# --- contract: wide layers, torch's products and the activation between them ------------------------
+# --- contract: wide layers, one kernel each ---------------------------------------------------------
 
 
-@op(f"mlp_trace_wide_fwd{_FORWARD}", kernel="trace_activation_fwd")
+@op(f"mlp_trace_wide_fwd{_FORWARD}", kernel="trace_layer_fwd")
 def _wide_forward(kernel, x, t, probes, params, layer, activation, save):
     layers = _affine(t, params, layer)
     rows = _stack(x, probes)
     saved, kept = _kept(rows, layers)
     y = rows
     for (weight, bias), a in zip(layers[:-1], kept, strict=True):
-        torch.mm(y.flatten(0, 1), weight.t(), out=a.flatten(0, 1))
-        y = torch.empty_like(a) if _keeps_input(activation) else a
-        kernel(a, bias, y, activation)
+        z = torch.empty_like(a) if _keeps_input(activation) else a
+        kernel(y, weight, bias, a, z, activation)
+        y = z
     weight, bias = layers[-1]
-    last = (y.flatten(0, 1) @ weight.t()).view_as(rows)
+    last = torch.empty_like(rows)
+    kernel(y, weight, None, last, None, activation)
     return last[:, 0] + bias, (last[:, 1:] * rows[:, 1:]).sum(2).t().contiguous(), saved
 
 
-@op(f"mlp_trace_wide_bwd{_BACKWARD}", kernel="trace_activation_bwd")
+@op(f"mlp_trace_wide_bwd{_BACKWARD}", kernel="trace_layer_bwd")
 def _wide_backward(kernel, x, t, probes, params, saved, gvalue, gtrace, layer, activation):
     layers = _affine(t, params, layer)
     rows = _stack(x, probes)
@@ -133,17 +134,15 @@ def _wide_backward(kernel, x, t, probes, params, saved, gvalue, gtrace, layer, a
     g = _stack(gvalue, gtrace[..., None] * probes)
     gt, gparams = torch.zeros_like(t), []
     for i in reversed(range(len(layers))):
-        weight, y, previous = layers[i][0], rows, g[:, 0]
-        if i > 0:
-            previous, y = (g.flatten(0, 1) @ weight).view_as(kept[i - 1]), kept[i - 1]
-            again = torch.empty_like(y) if _keeps_input(activation) else None
-            kernel(y, previous, again, activation)
-            y = y if again is None else again
-        gweight, gbias = g.flatten(0, 1).t() @ y.flatten(0, 1), g[:, 0].sum(0)
-        of_t, *grads = _unfold(t, _layers(params, layer)[i], layer, gweight, gbias)
+        weight, before = layers[i][0], kept[i - 1] if i > 0 else None
+        y = rows if before is None else torch.empty_like(before) if _keeps_input(activation) else before
+        previous = torch.empty_like(rows[:, 0] if before is None else before)
+        gweight = weight.new_empty(weight.shape)
+        kernel(g, weight, before, y, gweight, previous, activation)
+        of_t, *grads = _unfold(t, _layers(params, layer)[i], layer, gweight, g[:, 0].sum(0))
         gt, gparams = gt + of_t, [*grads, *gparams]
         g = previous
-    return [g @ layers[0][0], gt, *gparams]
+    return [g, gt, *gparams]
 
 
 def _keeps_input(activation: int) -> bool:
@@ -246,8 +245,7 @@ def mlp_trace(
     >>> value, trace = mlp_trace(x, 0.5, layers, exact=True)
     >>> value.shape, trace.shape
     (torch.Size([5, 2]), torch.Size([5]))
-    >>> value, estimates = mlp_trace(x, 0.5, layers, probes=fastflow.probes((3, 5, 2), seed=0))
-    >>> estimates.shape
+    >>> mlp_trace(x, 0.5, layers, probes=torch.randn(3, 5, 2))[1].shape
     torch.Size([3, 5])
     """
     _check.floating("x", x)
@@ -261,8 +259,8 @@ def mlp_trace(
     probes, reduce = _probes(x, probes, exact)
     time = _time(t, x)
     params = _parameters(x, layers, layer)
-    backend = choose((x, time, probes, *params), backend)
-    tensors = tuple(p.to(dtype) for p in (x, time, probes, *params))
+    backend = choose((x,), backend)  # all others are of its device and of a dtype that goes with it
+    tensors = tuple(p if p.dtype == dtype else p.to(dtype) for p in (x, time, probes, *params))
     with _without_autocast(x.device.type):
         value, trace = _run(backend, tensors, LAYERS.index(layer), ACTIVATIONS.index(activation))
     return value.to(x.dtype), {"sum": lambda: trace.sum(0), "only": lambda: trace[0], "all": lambda: trace}[reduce]()
@@ -296,7 +294,7 @@ def _probes(x: Tensor, probes: Tensor | None, exact: bool) -> tuple[Tensor, str]
         raise TypeError(f"probes: expected a tensor, got {type(probes).__name__}")
     if probes.dim() not in (2, 3) or probes.shape[-2:] != x.shape:
         raise ValueError(f"probes: expected [S, {x.shape[0]}, {x.shape[1]}] or x's shape, got {list(probes.shape)}")
-    _same_kind("probes", probes, x)
+    _goes_with(x, "probes", probes)
     return (probes.detach()[None], "only") if probes.dim() == 2 else (probes.detach(), "all")
 
 
@@ -305,8 +303,7 @@ def _time(t: Tensor | float, x: Tensor) -> Tensor:
         return torch.full((), t, dtype=accumulator(x.dtype), device=x.device)
     if t.numel() != 1:
         raise ValueError(f"t: expected one element, got {list(t.shape)}")
-    if t.device != x.device:
-        raise ValueError(f"t: expected device {x.device} like x, got {t.device}")
+    _goes_with(x, "t", t)
     return t.reshape(()) if t.dim() else t
 
 
@@ -324,7 +321,8 @@ def _parameters(x: Tensor, layers: Sequence[Sequence[Tensor]], layer: str) -> li
         for name, tensor, shape in zip(_NAMES, given, expected, strict=False):
             if tensor.shape != shape:
                 raise ValueError(f"layers[{i}] {name}: expected {list(shape)}, got {list(tensor.shape)}")
-            _same_kind(f"layers[{i}] {name}", tensor, x)
+            if tensor.dtype != x.dtype or tensor.device != x.device:
+                _goes_with(x, f"layers[{i}] {name}", tensor)
         params += given
         width = out
     if width != x.shape[1]:
@@ -332,7 +330,7 @@ def _parameters(x: Tensor, layers: Sequence[Sequence[Tensor]], layer: str) -> li
     return params
 
 
-def _same_kind(name: str, tensor: Tensor, x: Tensor) -> None:
+def _goes_with(x: Tensor, name: str, tensor: Tensor) -> None:
     if tensor.device != x.device:
         raise ValueError(f"{name}: expected device {x.device} like x, got {tensor.device}")
     if tensor.dtype not in _check.FLOATING or (tensor.dtype == torch.float64) != (x.dtype == torch.float64):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -36,6 +36,8 @@ class Case:
     flops: Callable[[Inputs], int] | None = None
     keep: tuple[str, ...] = field(default=())
     """Inputs that must stay as they are made: no other layout, no cast below float32."""
+    orders: Callable[[Inputs], Iterator[Inputs]] | None = None
+    """Inputs for the same results, summed in other orders: samples of the reference's error."""
 
     plain: Case | None = None
     """Where ``run`` computes in float64 whatever its inputs are: the case in the dtype of its inputs throughout. How

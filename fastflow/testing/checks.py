@@ -95,7 +95,8 @@ def _against(case: Case, backend: str, dtype: torch.dtype, device: str, size: st
     inputs = cast(case, case.inputs(size), dtype, device)
     truth = compute(case, {k: v.double() if v.is_floating_point() else v for k, v in inputs.items()}, "reference")
     rounded, lower = _rounded(case, inputs, dtype, device)
-    same = [compute(rounded, arranged, "reference") for _, arranged in layouts(case, lower)]
+    arrangements = [*(arranged for _, arranged in layouts(case, lower)), *(case.orders(lower) if case.orders else ())]
+    same = [compute(rounded, arranged, "reference") for arranged in arrangements]
     for layout, arranged in layouts(case, inputs):
         for i, (value, expected, *references) in enumerate(
             zip(compute(case, arranged, backend), truth, *same, strict=True)

@@ -12,8 +12,8 @@ from fastflow import ops
 from fastflow.ops.trace_mlp import _NAMES, _PARAMETERS, ACTIVATIONS, LAYERS
 from fastflow.testing.case import Case, Inputs, randn
 
-NARROW = {"tiny": (2, 2, (3,)), "odd": (37, 5, (33, 17, 7)), "bench": (512, 2, (64, 64, 64))}
-WIDE = {"tiny": (2, 2, (130,)), "odd": (11, 3, (131, 145)), "bench": (200, 43, (860, 860))}
+NARROW = {"tiny": (5, 3, (6, 4)), "odd": (37, 5, (33, 17, 7)), "bench": (512, 2, (64, 64, 64))}
+WIDE = {"tiny": (5, 3, (130,)), "odd": (11, 3, (131, 145)), "bench": (200, 43, (860, 860))}
 
 
 def _shapes(layer: str, n: int, m: int) -> tuple[tuple[int, ...], ...]:
@@ -31,21 +31,49 @@ def _inputs(size: str, sizes: dict, layer: str) -> Inputs:
     return made
 
 
-def _run(x: Tensor, t: Tensor, layer: str, count: int | None, backend: str | None = None, **params: Tensor):
-    each, values = _PARAMETERS[layer], list(params.values())
+def _run(
+    x: Tensor, t: Tensor, layer: str, count: int | None, backend=None, order: Tensor | None = None, **rest
+) -> tuple[Tensor, Tensor]:
+    """With ``order`` the samples, variables and hidden units are permuted on the way in, and back on the way out."""
+    activation = rest.pop("activation")
+    each, values = _PARAMETERS[layer], list(rest.values())
     layers = [values[i : i + each] for i in range(0, len(values), each)]
     probes = None if count is None else randn(count, *x.shape).to(x)
-    return partial(ops.mlp_trace, x, t, layers, layer=layer, probes=probes, exact=count is None, backend=backend)
+    options = {"layer": layer, "activation": activation, "backend": backend, "exact": count is None}
+    if order is None:
+        return ops.mlp_trace(x, t, layers, probes=probes, **options)
+    samples, variables = (_permutation(n, order).to(x.device) for n in x.shape)
+    before = variables
+    for i, (weight, *others) in enumerate(layers):
+        after = variables if i + 1 == len(layers) else _permutation(weight.shape[0], order).to(x.device)
+        columns = torch.cat([before.new_zeros(1), before + 1]) if layer == "concat" else before
+        layers[i] = [weight[after][:, columns], *(p[after] for p in others)]
+        before = after
+    probes = None if count is None else probes[:, samples][:, :, variables]
+    value, trace = ops.mlp_trace(x[samples][:, variables], t, layers, probes=probes, **options)
+    return value[samples.argsort()][:, variables.argsort()], trace[..., samples.argsort()]
+
+
+def _permutation(n: int, order: Tensor) -> Tensor:
+    return torch.randperm(n, generator=torch.Generator().manual_seed(int(order)))
+
+
+def _orders(inputs: Inputs) -> Iterator[Inputs]:
+    return ({**inputs, "order": torch.tensor(seed)} for seed in range(12))
 
 
 def _case(layer: str, activation: str, count: int | None, wide: bool = False) -> Case:
     name = f"{layer}-{activation}-" + ("exact" if count is None else f"{count}") + ("-wide" if wide else "")
     make = partial(_inputs, sizes=WIDE if wide else NARROW, layer=layer)
-
-    def run(**inputs: Tensor) -> tuple[Tensor, ...]:
-        return _run(layer=layer, count=count, **inputs)(activation=activation)
-
-    return Case("trace", name, run, make, flops=partial(_flops, count=count), keep=tuple(make("tiny"))[1:])
+    return Case(
+        "trace",
+        name,
+        partial(_run, layer=layer, activation=activation, count=count),
+        make,
+        flops=partial(_flops, count=count),
+        keep=tuple(make("tiny"))[1:],
+        orders=_orders,
+    )
 
 
 def _flops(inputs: Inputs, count: int | None) -> int:
@@ -58,5 +86,5 @@ def cases() -> Iterator[Case]:
         for activation in ACTIVATIONS:
             for count in (1, 3, None):
                 yield _case(layer, activation, count)
-    for layer, activation, count in zip((*LAYERS, LAYERS[1]), ACTIVATIONS, (1, 3, None, 1), strict=True):
+    for layer, activation, count in zip((*LAYERS, LAYERS[1]), ACTIVATIONS, (1, 3, 1, 1), strict=True):
         yield _case(layer, activation, count, wide=True)
