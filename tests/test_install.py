@@ -150,6 +150,6 @@ def test_versions_are_pinned():
     pinned = {line.partition("==")[0].lower() for line in lines if not line.startswith("#")}
     metadata = (ROOT / "pyproject.toml").read_text()
     for extra in ("bench", "train", "peers", "test"):
-        listed = re.search(rf"^{extra} = \[(.*?)^?\]\n", metadata, re.M | re.S)[1]
+        listed = re.search(rf"^{extra} = \[(.*?)\]\n", metadata, re.M | re.S)[1]
         for name in re.findall(r'"([\w-]+)[^"\[]*"', listed):
             assert name.lower() in pinned, name

@@ -19,7 +19,7 @@ from fastflow.bench.machine import limits
 from fastflow.bench.measure import Rounds, calls_for, peak_memory, spread, timed
 from fastflow.bench.row import Contenders, Row
 
-FAMILIES = ("coupling", "gaussian", "trace")
+FAMILIES = ("coupling", "conv1x1", "gaussian", "trace", "glow")
 SECONDS = 4.0  # for the rounds of a row
 
 
