@@ -70,6 +70,9 @@ def probes(
     return drawn.to(device, dtype)
 
 
+_draw = probes  # where an argument takes the name
+
+
 # --- public -----------------------------------------------------------------------------------------
 
 
@@ -240,8 +243,7 @@ def _given(
         return probes
     if probes < 1:
         raise ValueError(f"probes: expected at least one, got {probes}")
-    draw = globals()["probes"]
-    return draw((probes, *shape), kind, seed=seed, generator=generator, dtype=accumulator(x.dtype), device=x.device)
+    return _draw((probes, *shape), kind, seed=seed, generator=generator, dtype=accumulator(x.dtype), device=x.device)
 
 
 def _same_shape(name: str, f: Function, shape: torch.Size) -> Function:
