@@ -127,7 +127,8 @@ void backward(const View& x, const View& log_scale, const View& bias, const View
     if constexpr (sizeof(S) >= 4)
       for (int64_t c = 0; c < channels; ++c) {
         double g = 0, product = 0;
-        for (int64_t p = 0; p < shares; ++p) g += sums[p * 2 * channels + c], product += sums[(p * 2 + 1) * channels + c];
+        for (int64_t p = 0; p < shares; ++p)
+          g += sums[p * 2 * channels + c], product += sums[(p * 2 + 1) * channels + c];
         const double m = double(scale.values[c]);
         reinterpret_cast<S*>(glog_scale.data)[c] = S((inverse ? -gain : gain) * (m * product + total));
         reinterpret_cast<S*>(gbias.data)[c] = S(inverse ? -g : m * g);
@@ -139,9 +140,8 @@ void backward(const View& x, const View& log_scale, const View& bias, const View
 
 void actnorm_fwd(const View& x, const View& log_scale, const View& bias, const View& running, const View& y,
                  const View& logdet, double gain, bool inverse) {
-  with_accumulator(x.dtype, [&](auto type) {
-    forward<decltype(type)>(x, log_scale, bias, running, y, logdet, gain, inverse);
-  });
+  with_accumulator(x.dtype,
+                   [&](auto type) { forward<decltype(type)>(x, log_scale, bias, running, y, logdet, gain, inverse); });
 }
 
 void actnorm_bwd(const View& x, const View& log_scale, const View& bias, const View& gy, const View& glogdet,

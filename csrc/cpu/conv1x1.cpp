@@ -14,8 +14,8 @@
 namespace fastflow {
 namespace {
 
-constexpr int64_t kPositions = 64;   // positions of a tile
-constexpr int64_t kMinTiles = 4;     // tiles summed into one partial gradient of M, at least
+constexpr int64_t kPositions = 64;    // positions of a tile
+constexpr int64_t kMinTiles = 4;      // tiles summed into one partial gradient of M, at least
 constexpr int64_t kMaxPartials = 64;  // partial gradients of M, at most
 
 struct Tile {
@@ -32,9 +32,7 @@ int64_t step(const View& v) {
   return v.size[0] == 1 || v.stride[0] == v.size[2] * v.stride[2] ? v.stride[2] : 0;
 }
 
-bool rows_of_channels(const View& v) {
-  return v.size[2] == 1 || (v.stride[1] < v.stride[2] && v.size[1] > 1);
-}
+bool rows_of_channels(const View& v) { return v.size[2] == 1 || (v.stride[1] < v.stride[2] && v.size[1] > 1); }
 
 // f(offset of the first, step, count, number within the tile) for stretches of positions that are a step apart
 template <class F>
@@ -116,7 +114,7 @@ struct Map {
 
 template <class T>
 std::vector<T> tile_buffer(int64_t channels) {
-  return std::vector<T>(channels * kPositions + kSlack);
+  return std::vector<T>(channels * kPositions + kPad);
 }
 
 // y = M x + c over one tile
@@ -131,7 +129,8 @@ void apply(const Map<by_rows, T>& map, const View& x, const View& y, const Tile&
       left = {data + tile.first * step(x), step(x), x.stride[1]};
     else
       load<true>(x, tile, from);
-    product<false>(tile.count, channels, channels, left, map.matrix.data(), padded(channels), map.start(), to, channels);
+    product<false>(tile.count, channels, channels, left, map.matrix.data(), padded(channels), map.start(), to,
+                   channels);
     store<true>(y, tile, to);
   } else {
     // one whole tile inside of a sample is read and written where it lies

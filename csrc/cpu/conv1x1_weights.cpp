@@ -28,9 +28,12 @@ void axpy(double factor, const double* from, double* to, int64_t begin, int64_t 
 Numbers numbers(const View& v) {
   Numbers values(v.size[0] * v.size[1]);
   with_type(v.dtype, [&](auto type) {
-    const auto* data = reinterpret_cast<const decltype(type)*>(v.data);
-    for (int64_t i = 0; i < v.size[0]; ++i)
-      for (int64_t j = 0; j < v.size[1]; ++j) values[i * v.size[1] + j] = double(widen(data[v.offset(i, j, 0)]));
+    using S = decltype(type);
+    double* to = values.data();
+    for (int64_t i = 0; i < v.size[0]; ++i) {
+      const auto copy = [to](const S& element, int64_t k) { to[k] = double(widen(element)); };
+      run(reinterpret_cast<const S*>(v.data) + v.offset(i, 0, 0), v.stride[1], i * v.size[1], v.size[1], copy);
+    }
   });
   return values;
 }
@@ -48,8 +51,8 @@ void write(const View& out, int64_t layer, const double* values, int64_t n) {
 struct Layer {
   int64_t n;
   double gain;
-  Numbers lower, upper;  // L below the diagonal; U with its diagonal: all else is 0
-  Numbers log_s, sign, a, b;
+  Numbers lower, upper;              // L below the diagonal; U with its diagonal: all else is 0
+  Numbers log_s, sign, a, b, scale;  // scale = e^(gain a)
   const int64_t* permutation;
 
   double logdet() const {
@@ -71,7 +74,7 @@ struct Layer {
     const Numbers rows = product();
     Numbers out(n * n);
     for (int64_t i = 0; i < n; ++i)
-      for (int64_t j = 0; j < n; ++j) out[i * n + j] = rows[permutation[i] * n + j] * std::exp(gain * a[j]);
+      for (int64_t j = 0; j < n; ++j) out[i * n + j] = rows[permutation[i] * n + j] * scale[j];
     return out;
   }
 
@@ -88,7 +91,7 @@ struct Layer {
       for (int64_t j = 0; j < n; ++j) rows[i * n + j] *= scale;
     }
     for (int64_t i = 0; i < n; ++i)
-      for (int64_t j = 0; j < n; ++j) out[i * n + j] = rows[i * n + permutation[j]] * std::exp(-gain * a[i]);
+      for (int64_t j = 0; j < n; ++j) out[i * n + j] = rows[i * n + permutation[j]] / scale[i];
     return out;
   }
 };
@@ -99,10 +102,19 @@ struct Factors {
 
   Layer layer(int64_t k) const {
     const int64_t n = log_s[k].size[0];
-    Layer one = {n, gain, numbers(lower[k]), numbers(upper[k]), numbers(log_s[k]), numbers(sign[k]), Numbers(n),
-                 Numbers(n), reinterpret_cast<const int64_t*>(permutation[k].data)};
+    Layer one = {n,
+                 gain,
+                 numbers(lower[k]),
+                 numbers(upper[k]),
+                 numbers(log_s[k]),
+                 numbers(sign[k]),
+                 Numbers(n),
+                 Numbers(n),
+                 Numbers(n),
+                 reinterpret_cast<const int64_t*>(permutation[k].data)};
     if (!log_scale.empty()) one.a = numbers(log_scale[k]), one.b = numbers(bias[k]);
     for (int64_t i = 0; i < n; ++i) {
+      one.scale[i] = std::exp(gain * one.a[i]);
       std::fill(&one.lower[i * n] + i, &one.lower[i * n] + n, 0.0);
       std::fill(&one.upper[i * n], &one.upper[i * n] + i, 0.0);
       one.upper[i * n + i] = one.sign[i] * std::exp(one.log_s[i]);
@@ -123,7 +135,8 @@ struct Factors {
       const int64_t n = log_s[0].size[0];
       const auto square = [n](const View& v) { return v.size[0] == n && v.size[1] == n; };
       if (!square(lower[k]) || !square(upper[k]) || log_s[k].size[0] != n || permutation[k].size[0] != n ||
-          sign[k].size[0] != n || permutation[k].dtype != DType::i64 || permutation[k].stride[0] != (n > 1 ? 1 : permutation[k].stride[0]))
+          sign[k].size[0] != n || permutation[k].dtype != DType::i64 ||
+          permutation[k].stride[0] != (n > 1 ? 1 : permutation[k].stride[0]))
         throw std::invalid_argument("the factors of layer " + std::to_string(k) + " do not go together");
       const int64_t* p = reinterpret_cast<const int64_t*>(permutation[k].data);
       for (int64_t i = 0; i < n; ++i)
@@ -194,7 +207,7 @@ Gradient gradient(const Layer& layer, Numbers g, const Numbers& gc, double gl, b
   for (int64_t i = 0; i < n; ++i)
     for (int64_t j = 0; j < n; ++j) {
       out.log_scale[j] += layer.gain * g[i * n + j] * m[i * n + j];
-      rows[layer.permutation[i] * n + j] = g[i * n + j] * std::exp(layer.gain * layer.a[j]);
+      rows[layer.permutation[i] * n + j] = g[i * n + j] * layer.scale[j];
       upper_transposed[j * n + i] = layer.upper[i * n + j];
     }
   // gL = strictly lower part of G U^T, gU = upper part of L^T G
@@ -229,8 +242,8 @@ void lu_weights_bwd(Views lower, Views upper, Views log_s, Views permutation, Vi
     for (int64_t k = begin; k < end; ++k) {
       const Layer layer = factors.layer(k);
       const int64_t n = layer.n;
-      const Gradient g = gradient(layer, part(gmatrix, k, n, n), part(gshift, k, n, 1), part(glogdet, k, 1, 1)[0],
-                                  inverse);
+      const Gradient g =
+          gradient(layer, part(gmatrix, k, n, n), part(gshift, k, n, 1), part(glogdet, k, 1, 1)[0], inverse);
       write(glower, k, g.lower.data(), n * n);
       write(gupper, k, g.upper.data(), n * n);
       write(glog_s, k, g.log_s.data(), n);

@@ -1,5 +1,6 @@
-// A small matrix product in registers: out[m][n] = start + sum over k of a(m, k) b[k][n].
-// The rows of b and out are contiguous and are read and written in whole vectors, up to kSlack elements beyond their
+// The product of tile.h for dense tiles: out[m][n] = start + sum over k of a(m, k) b[k][n], where the rows of out may
+// lie one after the other without padding, and the sum may start from a bias.
+// The rows of b and out are contiguous and are read and written in whole vectors, up to kPad elements beyond their
 // end; a is read one element at a time, with any strides.
 #pragma once
 
@@ -7,25 +8,9 @@
 #include <cstring>
 #include <type_traits>
 
+#include "tile.h"
+
 namespace fastflow {
-
-#if defined(__AVX512F__)
-constexpr int kVectorBytes = 64, kVectors = 4;  // 6 x 4 accumulators in 32 registers
-#elif defined(__AVX__)
-constexpr int kVectorBytes = 32, kVectors = 2;  // 6 x 2 accumulators in 16 registers
-#else
-constexpr int kVectorBytes = 16, kVectors = 2;
-#endif
-
-template <class T>
-struct Vector {
-  typedef T type __attribute__((vector_size(kVectorBytes)));
-  static constexpr int lanes = kVectorBytes / sizeof(T);
-};
-
-constexpr int64_t kSlack = 64 / sizeof(float);  // the longest vector
-
-constexpr int64_t padded(int64_t n) { return (n + kSlack - 1) / kSlack * kSlack; }
 
 // a(m, k) lies at data[m * row + k * column].
 template <class T>
@@ -78,7 +63,7 @@ inline void product_block(int64_t depth, const Left<T> a, const T* b, int64_t b_
 template <int vectors, bool add, class T>
 inline void product_rows(int64_t m, int64_t depth, Left<T> a, const T* b, int64_t b_row, Start<T> start, T* out,
                          int64_t out_row) {
-  constexpr int most = vectors == kVectors ? 6 : 8;
+  constexpr int most = vectors == kTileVectors ? 6 : 8;
   const auto advance = [&](int64_t rows) {
     m -= rows;
     a.data += rows * a.row;
@@ -97,7 +82,7 @@ inline void product_rows(int64_t m, int64_t depth, Left<T> a, const T* b, int64_
 template <bool add, class T>
 void product(int64_t m, int64_t n, int64_t depth, const Left<T>& a, const T* b, int64_t b_row, const Start<T>& start,
              T* out, int64_t out_row) {
-  constexpr int lanes = Vector<T>::lanes, width = kVectors * lanes, rows = 24;
+  constexpr int lanes = Vector<T>::lanes, width = kTileVectors * lanes, rows = 24;
   for (int64_t i = 0; i < m; i += rows) {
     const int64_t some = m - i < rows ? m - i : rows;
     for (int64_t j = (n - 1) / width * width; j >= 0; j -= width) {
@@ -107,10 +92,10 @@ void product(int64_t m, int64_t n, int64_t depth, const Left<T>& a, const T* b, 
       const auto call = [&](auto vectors) {
         product_rows<vectors.value, add>(some, depth, left, b + j, b_row, from, out + i * out_row + j, out_row);
       };
-      const int64_t vectors = n - j >= width ? kVectors : (n - j + lanes - 1) / lanes;
+      const int64_t vectors = n - j >= width ? kTileVectors : (n - j + lanes - 1) / lanes;
       if (vectors == 1) call(std::integral_constant<int, 1>());
       if (vectors == 2) call(std::integral_constant<int, 2>());
-      if constexpr (kVectors > 2) {
+      if constexpr (kTileVectors > 2) {
         if (vectors == 3) call(std::integral_constant<int, 3>());
         if (vectors == 4) call(std::integral_constant<int, 4>());
       }

@@ -1,6 +1,7 @@
 // A copy of some tensors that tells whether they still hold the same bits: the key of a cache that cannot be stale.
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <cstring>
 #include <vector>
 
@@ -13,6 +14,9 @@ namespace {
 class Snapshot {
  public:
   explicit Snapshot(const std::vector<View>& tensors) : shapes_(tensors) {
+    size_t total = 0;
+    for (const View& v : tensors) total += bytes_of(v);
+    bytes_.reserve(total);
     for (const View& v : tensors) {
       const size_t start = bytes_.size();
       bytes_.resize(start + bytes_of(v));

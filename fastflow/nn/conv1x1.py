@@ -12,6 +12,8 @@ from fastflow.nn._cache import Cache
 from fastflow.nn.actnorm import ActNorm
 from fastflow.nn.base import Bijection
 from fastflow.ops import conv1x1, dense_weights, lu_weights
+from fastflow.ops._op import any_grad
+from fastflow.ops.conv1x1_weights import Triple
 
 __all__ = ["InvertibleConv1x1", "Weights", "weights"]
 
@@ -51,13 +53,20 @@ def weights(
     folded = {"actnorm_log_scale": [a.log_scale for a in actnorms], "actnorm_bias": [a.bias for a in actnorms]}
     assemble = lu_weights if first.lu else dense_weights
 
-    def build(value: tuple[Tensor, Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    def build(value: Triple | None = None) -> Triple:
         return assemble(*kinds, **folded, actnorm_gain=gain, inverse=inverse, value=value)
 
     tensors = [tensor for kind in (*kinds, *folded.values()) for tensor in kind]
-    value = first._cache.get((inverse, len(layers), bool(actnorms), gain), tensors, build)
-    matrix, bias, logdet = build(value)
-    return [Weights(*piece) for piece in zip(matrix.unbind(), bias.unbind(), logdet.unbind(), strict=True)]
+    kept = first._cache.get((inverse, len(layers), bool(actnorms), gain), tensors, lambda: _split(build()))
+    if kept is None:
+        return _split(build())[1]
+    value, pieces = kept
+    return _split(build(value))[1] if any_grad(*tensors) else list(pieces)
+
+
+def _split(value: Triple) -> tuple[Triple, list[Weights]]:
+    """All layers in one, and the pieces of the layers."""
+    return value, [Weights(*piece) for piece in zip(*(t.unbind() for t in value), strict=True)]
 
 
 def _check_alike(layers: Sequence[InvertibleConv1x1], actnorms: Sequence[ActNorm]) -> None:
