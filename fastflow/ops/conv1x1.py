@@ -16,7 +16,7 @@ from fastflow.ops.conv1x1_weights import dense_weights
 
 __all__ = ["conv1x1"]
 
-LIBRARY_CHANNELS = 256  # from here on the GEMM of torch is faster than the kernel
+KERNEL_CHANNELS = 64  # above, the GEMM of torch is as fast as the kernel or faster
 
 # --- meaning ----------------------------------------------------------------------------------------
 
@@ -140,7 +140,7 @@ def conv1x1(
     _check.beside("weight_logdet", weight_logdet, x, ())
     tensors = (x, weight, bias, weight_logdet, logdet)
     backend = choose(tensors, backend)
-    if backend == "reference" or channels >= LIBRARY_CHANNELS:
+    if backend == "reference" or channels > KERNEL_CHANNELS:
         return reference(*tensors)
     tensors = (_check.strided(x), *tensors[1:])
     if any_grad(*tensors):

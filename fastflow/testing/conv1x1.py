@@ -15,6 +15,7 @@ IMAGES = {"tiny": (2, 4, 2, 3), "odd": (11, 7, 5, 9), "bench": (64, 12, 16, 16)}
 VECTORS = {"tiny": (3, 4), "odd": (37, 7), "bench": (4096, 64)}
 WIDE = {"tiny": (2, 5, 3, 1), "odd": (3, 67, 5, 9), "bench": (64, 96, 4, 4)}
 ONE = {"tiny": (2, 1, 2, 3), "odd": (5, 1, 5, 9), "bench": (64, 1, 16, 16)}
+CHAIN = IMAGES | {"odd": (5, 7, 5, 3)}
 LAYERS = {"tiny": (3, 4), "odd": (5, 7), "bench": (32, 48)}  # N, C
 FACTORS = ("weight", "bias", "lower", "upper", "log_s", "permutation", "log_scale", "shift")
 
@@ -139,7 +140,7 @@ def _pair(name: str, inverse: bool, **factors: bool) -> Iterator[Case]:
 
     def chain(run: Callable, **more) -> Case:
         options = {"weights": run, "inverse": inverse}
-        inputs = partial(_chain_inputs, shapes=VECTORS if factors["dense"] else IMAGES, **factors)
+        inputs = partial(_chain_inputs, shapes=VECTORS if factors["dense"] else CHAIN, **factors)
         back = partial(_chain_back, **options)
         return Case("conv1x1", name, partial(_chain, **options), inputs, back, logdet=1, keep=FACTORS, **more)
 
