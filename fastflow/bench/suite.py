@@ -49,6 +49,7 @@ def test_row(row: Row, benchmark: Any, machine: dict[str, float]) -> None:
     n = calls["fastflow"]
     benchmark.pedantic(lambda: [fastflow() for _ in range(n)], setup=others.turn, rounds=rounds)
     times = {"fastflow": [t / n for t in benchmark.stats.stats.data], **others.times}
+    benchmark.extra_info["limits"] = machine
     benchmark.extra_info["row"] = {
         "family": row.family,
         "name": row.name,
