@@ -31,14 +31,10 @@ class Case:
     derivatives: int = 2
     """How many times the op may be differentiated."""
     dtypes: tuple[torch.dtype, ...] = DTYPES
-    bytes: Callable[[Inputs], int] | None = None
-    """The fewest bytes a forward has to move, in the benchmark."""
-    flops: Callable[[Inputs], int] | None = None
     keep: tuple[str, ...] = field(default=())
     """Inputs that must stay as they are made: no other layout, no cast below float32."""
     orders: Callable[[Inputs], Iterator[Inputs]] | None = None
     """Inputs for the same results, summed in other orders: samples of the reference's error."""
-
     plain: Case | None = None
     """Where ``run`` computes in float64 whatever its inputs are: the case in the dtype of its inputs throughout. How
     large the rounding of float64 is shows there."""

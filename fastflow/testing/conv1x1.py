@@ -120,8 +120,6 @@ def cases() -> Iterator[Case]:
                 partial(_op_inputs, shapes=shapes, bias=bias),
                 back=_op_back,
                 logdet=1,
-                bytes=lambda i: i["x"].nbytes * 2,
-                flops=lambda i: 2 * i["x"].numel() * i["x"].shape[1],
                 keep=FACTORS,
             )
     for dense in (False, True):

@@ -49,7 +49,6 @@ def _case(name: str, shapes: dict = IMAGES, additive: bool = False, learned: boo
         partial(_inputs, shapes=shapes, per_channel=1 if additive else 2, part=part, learned=learned),
         back=partial(_back, run=reverse, inverse=inverse),
         logdet=1,
-        bytes=lambda i: i["x"].nbytes * 2 + i["params"].nbytes,
     )
 
 

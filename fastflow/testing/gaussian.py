@@ -34,7 +34,6 @@ def _case(name: str, run: Callable, names: dict[str, int], shapes: dict = IMAGES
         name,
         partial(_tuple, run, **options),
         partial(_inputs, shapes=shapes, names=names, per_channel=per_channel),
-        bytes=lambda i: sum(t.nbytes for t in i.values()) + (next(iter(i.values())).nbytes if "noise" in i else 0),
     )
 
 

@@ -70,15 +70,9 @@ def _case(layer: str, activation: str, count: int | None, wide: bool = False) ->
         name,
         partial(_run, layer=layer, activation=activation, count=count),
         make,
-        flops=partial(_flops, count=count),
         keep=tuple(make("tiny"))[1:],
         orders=_orders,
     )
-
-
-def _flops(inputs: Inputs, count: int | None) -> int:
-    rows = inputs["x"].shape[0] * (1 + (inputs["x"].shape[1] if count is None else count))
-    return 2 * rows * sum(v.numel() for k, v in inputs.items() if k.startswith("weight"))
 
 
 def cases() -> Iterator[Case]:
