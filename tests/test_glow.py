@@ -5,11 +5,12 @@ import json
 import math
 import pickle
 
-import normflows as nf
 import pytest
 import torch
 
+import fastflow
 from fastflow import nn as ffnn
+from fastflow.bench.glow import theirs as normflows_glow
 from fastflow.models import Glow
 from fastflow.models.glow import PRESETS
 
@@ -27,23 +28,6 @@ def images(n, shape, seed=1, dtype=torch.float32):
 
 
 # --- normflows, weight by weight ----------------------------------------------------------------------
-
-
-def normflows_glow(shape=(3, 16, 16), levels=3, steps=2, hidden=16):
-    """The model of normflows' Glow example."""
-    channels, height, width = shape
-    q0, flows, merges = [], [], []
-    for i in range(levels):
-        blocks = [
-            nf.flows.GlowBlock(channels * 2 ** (levels + 1 - i), hidden, split_mode="channel") for _ in range(steps)
-        ]
-        flows.append([*blocks, nf.flows.Squeeze()])
-        factor = 2 ** (levels - i)
-        latent = channels * 2 ** (levels - i) if i > 0 else channels * 2 ** (levels + 1)
-        if i > 0:
-            merges.append(nf.flows.Merge())
-        q0.append(nf.distributions.GlowBase((latent, height // factor, width // factor)))
-    return nf.MultiscaleFlow(q0, flows, merges, class_cond=False)
 
 
 def copy_weights(theirs, ours):
@@ -75,9 +59,8 @@ def copy_weights(theirs, ours):
 @pytest.fixture
 def pair():
     torch.manual_seed(0)
-    theirs = normflows_glow().double()
+    theirs = normflows_glow((3, 16, 16), 3, 2, 16, batch=5).double()
     x = images(5, (3, 16, 16), dtype=torch.float64)
-    theirs.log_prob(x, None)  # initialises its ActNorm
     randomise(theirs)
     ours = Glow.preset("normflows-cifar10", image_shape=(3, 16, 16), levels=3, steps=2, hidden=16).double()
     copy_weights(theirs, ours)
@@ -163,8 +146,6 @@ def test_gradients_agree_with_the_reference():
     x = images(4, (1, 8, 8), dtype=torch.float64)
     model.initialize(x)
     randomise(model)
-    import fastflow
-
     grads = []
     for backend in (None, "reference"):
         with fastflow.use_backend(backend):
