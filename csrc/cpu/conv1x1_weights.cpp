@@ -10,6 +10,7 @@
 
 #include "module.h"
 #include "rows.h"
+#include "tile.h"
 
 namespace fastflow {
 namespace {
@@ -61,20 +62,25 @@ struct Layer {
     return total;
   }
 
-  // L (U + diag): row i is upper[i] + sum_k lower[i, k] upper[k]
+  // L (U + diag): a dense product in registers outruns half of one row by row
   Numbers product() const {
-    Numbers out = upper;
-    for (int64_t i = 0; i < n; ++i)
-      for (int64_t k = 0; k < i; ++k) axpy(lower[i * n + k], &upper[k * n], &out[i * n], k, n);
+    const int64_t width = padded(n);
+    Numbers unit = lower, wide(n * width), out(n * width);
+    for (int64_t i = 0; i < n; ++i) {
+      unit[i * n + i] = 1;
+      std::copy_n(&upper[i * n], n, &wide[i * width]);
+    }
+    multiply(Product<double>{n, width, n, unit.data(), n, 1, wide.data(), width, out.data(), width});
     return out;
   }
 
   // M: the rows of the product in P's order, its columns times e^(gain a)
   Numbers matrix() const {
     const Numbers rows = product();
+    const int64_t width = padded(n);
     Numbers out(n * n);
     for (int64_t i = 0; i < n; ++i)
-      for (int64_t j = 0; j < n; ++j) out[i * n + j] = rows[permutation[i] * n + j] * scale[j];
+      for (int64_t j = 0; j < n; ++j) out[i * n + j] = rows[permutation[i] * width + j] * scale[j];
     return out;
   }
 
@@ -131,12 +137,22 @@ struct Factors {
 
   // an exception must not leave a parallel loop: everything that could be wrong is looked at here
   void check() const {
-    for (int64_t k = 0; k < layers(); ++k) {
-      const int64_t n = log_s[0].size[0];
-      const auto square = [n](const View& v) { return v.size[0] == n && v.size[1] == n; };
-      if (!square(lower[k]) || !square(upper[k]) || log_s[k].size[0] != n || permutation[k].size[0] != n ||
-          sign[k].size[0] != n || permutation[k].dtype != DType::i64 ||
-          permutation[k].stride[0] != (n > 1 ? 1 : permutation[k].stride[0]))
+    const size_t count = log_s.size();
+    for (const Views* list : {&lower, &upper, &permutation, &sign})
+      if (list->size() != count) throw std::invalid_argument("the lists of factors differ in length");
+    if (log_scale.size() != bias.size() || (!bias.empty() && bias.size() != count))
+      throw std::invalid_argument("the lists of ActNorm's parameters differ in length");
+    const int64_t n = count ? log_s[0].size[0] : 0;
+    const DType dtype = count ? log_s[0].dtype : DType::f32;
+    const auto number = [n, dtype](const View& v, int64_t columns) {
+      return v && v.dtype == dtype && dtype != DType::i64 && v.size[0] == n && v.size[1] == columns && v.size[2] == 1;
+    };
+    for (size_t k = 0; k < count; ++k) {
+      const View& p_k = permutation[k];
+      const bool indices =
+          p_k && p_k.dtype == DType::i64 && p_k.size[0] == n && p_k.size[1] == 1 && (n < 2 || p_k.stride[0] == 1);
+      if (!indices || !number(lower[k], n) || !number(upper[k], n) || !number(log_s[k], 1) || !number(sign[k], 1) ||
+          (!bias.empty() && (!number(log_scale[k], 1) || !number(bias[k], 1))))
         throw std::invalid_argument("the factors of layer " + std::to_string(k) + " do not go together");
       const int64_t* p = reinterpret_cast<const int64_t*>(permutation[k].data);
       for (int64_t i = 0; i < n; ++i)

@@ -78,8 +78,12 @@ struct type_caster<fastflow::View> {
 
   bool load(handle source, bool) {
     if (source.is_none()) return true;
-    static PyObject* names[4] = {PyUnicode_InternFromString("data_ptr"), PyUnicode_InternFromString("dtype"),
-                                 PyUnicode_InternFromString("shape"), PyUnicode_InternFromString("stride")};
+    static PyObject* names[5] = {PyUnicode_InternFromString("data_ptr"), PyUnicode_InternFromString("dtype"),
+                                 PyUnicode_InternFromString("shape"), PyUnicode_InternFromString("stride"),
+                                 PyUnicode_InternFromString("is_cpu")};
+    const auto is_cpu = reinterpret_steal<object>(PyObject_GetAttr(source.ptr(), names[4]));
+    if (!is_cpu) throw error_already_set();
+    if (is_cpu.ptr() != Py_True) throw type_error("the CPU kernels take tensors on the CPU only");
     const auto dtype = reinterpret_steal<object>(PyObject_GetAttr(source.ptr(), names[1]));
     int code = 0;
     while (code < 5 && fastflow::dtype_objects[code] != dtype.ptr()) ++code;

@@ -14,7 +14,12 @@ from fastflow.nn.conv1x1 import InvertibleConv1x1, weights
 LAYERS, CHANNELS = 32, 48
 
 
-def eager(lower: Tensor, upper: Tensor, log_s: Tensor, permutation: Tensor, sign_s: Tensor) -> tuple[Tensor, Tensor]:
+Factors = tuple[list[Tensor], ...]  # lower, upper, log_s, permutation, sign_s: a tensor for every layer, as in a model
+
+
+def eager(
+    lower: list[Tensor], upper: list[Tensor], log_s: list[Tensor], permutation: list[Tensor], sign_s: list[Tensor]
+) -> tuple[Tensor, Tensor]:
     """Layer by layer: W = P L (U + diag(s)), log|det W| = sum log s."""
     one, found = torch.eye(CHANNELS), []
     for lo, up, log_scale, p, sign in zip(lower, upper, log_s, permutation, sign_s, strict=True):
@@ -23,11 +28,13 @@ def eager(lower: Tensor, upper: Tensor, log_s: Tensor, permutation: Tensor, sign
     return torch.stack([w for w, _ in found]), torch.stack([d for _, d in found])
 
 
-def _factors() -> tuple[Tensor, ...]:
-    square = LAYERS, CHANNELS, CHANNELS
-    permutation = torch.stack([torch.randperm(CHANNELS) for _ in range(LAYERS)])
-    sign = torch.randn(LAYERS, CHANNELS).sign()
-    return 0.1 * torch.randn(square), 0.1 * torch.randn(square), 0.1 * torch.randn(square[:2]), permutation, sign
+def _factors() -> Factors:
+    def some(*shape: int) -> list[Tensor]:
+        return [0.1 * torch.randn(shape) for _ in range(LAYERS)]
+
+    permutation = [torch.randperm(CHANNELS) for _ in range(LAYERS)]
+    square = CHANNELS, CHANNELS
+    return some(*square), some(*square), some(CHANNELS), permutation, [sign.sign() for sign in some(CHANNELS)]
 
 
 def _weights() -> Contenders:
@@ -49,7 +56,7 @@ def _cached() -> Contenders:
     """The second call with the same parameters."""
     layers = [InvertibleConv1x1(CHANNELS) for _ in range(LAYERS)]
     names = ("lower", "upper", "log_s", "permutation", "sign_s")
-    factors = [torch.stack([getattr(layer, name).detach() for layer in layers]) for name in names]
+    factors = [[getattr(layer, name).detach() for layer in layers] for name in names]
     return {
         "fastflow": torch.no_grad()(lambda: [piece.matrix for piece in weights(layers)]),
         "eager": lambda: eager(*factors)[0].unbind(),

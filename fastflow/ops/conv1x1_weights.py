@@ -215,23 +215,41 @@ def lu_weights(
     (True, torch.Size([2, 4, 4]))
     """
     layers = len(log_s)
+    kinds = (lower, upper, log_s, permutation, sign_s, actnorm_log_scale, actnorm_bias)
+    if layers == 0 or not isinstance(log_s[0], Tensor):
+        _check_lu(*kinds)
+    backend = _backend.choose((log_s[0],), backend)
+    if backend == "reference" or torch.compiler.is_compiling():
+        _check_lu(*kinds)
+    factors = [tensor for kind in kinds for tensor in kind]
+    try:  # the kernel looks at every tensor: doing so here first would take as long as the products
+        found = _lu(backend, value, layers, actnorm_gain, inverse, factors)
+    except (TypeError, ValueError):
+        _check_lu(*kinds)
+        raise
+    if value is None:
+        _refuse_infinite(log_s, found[2])
+    return found
+
+
+def _lu(
+    backend: str, value: Triple | None, layers: int, gain: float, inverse: bool, factors: Sequence[Tensor]
+) -> Triple:
+    if backend == "reference" and value is None:
+        return lu_reference(*_lists(factors, layers), gain, inverse)
+    if any_grad(*factors):
+        return _LU.apply(backend, value, layers, gain, inverse, *factors)
+    return value or _forward[backend](*_lists(factors, layers), gain, inverse)
+
+
+def _check_lu(lower, upper, log_s, permutation, sign_s, log_scale, bias) -> None:
+    """Raises, naming the argument, where the factors do not go together."""
+    layers = len(log_s)
     _factors("log_s", log_s, layers, 1, log_s)
     for name, tensors, dims in (("lower", lower, 2), ("upper", upper, 2), ("sign_s", sign_s, 1)):
         _factors(name, tensors, layers, dims, log_s)
     _factors("permutation", permutation, layers, 1, log_s, torch.int64)
-    _actnorm(actnorm_log_scale, actnorm_bias, layers, log_s)
-    kinds = (lower, upper, log_s, permutation, sign_s, actnorm_log_scale, actnorm_bias)
-    factors = [tensor for kind in kinds for tensor in kind]
-    backend = _backend.choose((t for t in factors if t.is_floating_point()), backend)
-    if backend == "reference" and value is None:
-        found = lu_reference(*_lists(factors, layers), actnorm_gain, inverse)
-    elif any_grad(*factors):
-        found = _LU.apply(backend, value, layers, actnorm_gain, inverse, *factors)
-    else:
-        found = value or _forward[backend](*_lists(factors, layers), actnorm_gain, inverse)
-    if value is None:
-        _refuse_infinite(log_s, found[2])
-    return found
+    _actnorm(log_scale, bias, layers, log_s)
 
 
 def dense_weights(
