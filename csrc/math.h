@@ -96,6 +96,20 @@ FF_HD T exp(T x) {
   return x > F::exp_high ? infinity<T>() : y;
 }
 
+// e^x for x <= 0: one scaling and one bound fewer
+template <class T>
+FF_HD T exp_nonpositive(T x) {
+  using F = Float<T>;
+  using Int = typename F::Int;
+  const T v = x < F::exp_low ? F::exp_low : x;
+  const T shifted = v * T(1.44269504088896340736) + F::round;
+  const T n = shifted - F::round;
+  const T r = (v - n * F::ln2_high) - n * F::ln2_low;
+  const Int k = bit_cast<Int>(shifted) - bit_cast<Int>(F::round);
+  const T y = (expm1_reduced(r) + T(1)) * bit_cast<T>(Int((k + F::bias) << F::mantissa));
+  return x < F::exp_low ? T(0) : y;
+}
+
 // e^x - 1, accurate near 0
 template <class T>
 FF_HD T expm1(T x) {
@@ -143,16 +157,28 @@ FF_HD T log(T x) {
   return x >= T(0) ? y : x - x + bit_cast<T>(~Int(0));  // NaN for negative x and for NaN
 }
 
-// ln(1 + q) on 0 <= q <= 1: with s = q / (2 + q) it is q - (q^2 / 2 - s (q^2 / 2 + R)), R = 2/3 s^2 + 2/5 s^4 + ...,
-// and as s^2 <= 1/9 the series needs no range reduction
-template <class T, int terms = sizeof(T) == 8 ? 17 : 8>
-FF_HD T log1p_unit(T q) {
-  const T s = q / (T(2) + q);
-  const T s2 = s * s;
-  T series = T(2) / T(2 * terms + 1);
+// ln(1 + q) on 0 <= q <= 1. Float: q - q^2 / 2 + q^3 P(q), P minimax, because a division costs more than the
+// polynomial.
+FF_HD float log1p_unit(float q) {
+  float p = -4.420736338943243e-3f;
+  p = p * q + 2.524702996015549e-2f;
+  p = p * q - 6.722103059291840e-2f;
+  p = p * q + 1.164807081222534e-1f;
+  p = p * q - 1.591715216636658e-1f;
+  p = p * q + 1.988158524036407e-1f;
+  p = p * q - 2.499143630266190e-1f;
+  p = p * q + 3.333312571048737e-1f;
+  return q - q * q * (0.5f - q * p);
+}
+
+// Double: with s = q / (2 + q) it is q - (q^2 / 2 - s (q^2 / 2 + R)), R = 2/3 s^2 + 2/5 s^4 + ...
+FF_HD double log1p_unit(double q) {
+  constexpr int terms = 17;  // s^2 <= 1/9
+  const double s = q / (2.0 + q), s2 = s * s;
+  double series = 2.0 / (2 * terms + 1);
 #pragma GCC unroll 32
-  for (int k = terms - 1; k >= 1; --k) series = series * s2 + T(2) / T(2 * k + 1);
-  const T half_square = T(0.5) * q * q;
+  for (int k = terms - 1; k >= 1; --k) series = series * s2 + 2.0 / (2 * k + 1);
+  const double half_square = 0.5 * q * q;
   return q - (half_square - s * (half_square + s2 * series));
 }
 
@@ -220,7 +246,7 @@ struct Logistic {
 
 template <class T>
 FF_HD Logistic<T> logistic(T v) {
-  const T q = exp(-abs(v));
+  const T q = exp_nonpositive(-abs(v));
   const T big = T(1) / (T(1) + q), small = q * big;
   return {v < T(0) ? small : big, v < T(0) ? big : small, (v > T(0) ? v : T(0)) + log1p_unit(q), q};
 }

@@ -67,11 +67,16 @@ FF_HD ScaleSlope<T> scale_slope(T h, T amplitude, const MapConstants<T>& c) {
   }
 }
 
+// Maps whose reciprocal takes a division: a loop over them fixes the sign first.
+constexpr bool divides(int kind) {
+  return kind == kSigmoid || kind == kSigmoidEps || kind == kSoftplus || kind == kLinearTanh;
+}
+
 // e^{sign * log s}: the scale, or its reciprocal for sign = -1, without the log of a rounded scale
 template <int kind, class T>
 FF_HD T multiplier(const ScaleSlope<T>& scale, T sign) {
   if constexpr (kind == kNone) return T(1);
-  if constexpr (kind == kExp || kind == kTanh || kind == kAtan || kind == kSoftClip) return exp(sign * scale.log_s);
+  if constexpr (!divides(kind)) return exp(sign * scale.log_s);
   return sign < T(0) ? T(1) / scale.s : scale.s;
 }
 

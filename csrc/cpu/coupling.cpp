@@ -113,11 +113,24 @@ CouplingConstants<T> constants_of(const Options& o) {
   return {T(o.shift_gain), T(o.divide ? -1 : 1), map_constants<T>(o.map)};
 }
 
+// Runs a loop with the sign a constant where a reciprocal would otherwise be computed for nothing.
+template <int kind, class T, class Run>
+inline __attribute__((always_inline)) void fixed_sign(CouplingConstants<T>& c, const Run& run) {
+  if constexpr (!divides(kind)) return run();
+  if (c.sign < T(0)) {
+    c.sign = T(-1);
+    run();
+  } else {
+    c.sign = T(1);
+    run();
+  }
+}
+
 // The loops proper: contiguous arrays, constants by value, nothing that would keep the compiler from vectorising.
 // `elementwise`: the amplitude varies (a), and only elements with on != 0 are transformed.
 template <int kind, bool add_first, bool elementwise, class T>
-void forward_loop(const T* x, const T* t, const T* h, const T* a, const T* on, T* y, T* log_m, int64_t n,
-                  const CouplingConstants<T> c) {
+inline __attribute__((always_inline)) void forward_run(const T* x, const T* t, const T* h, const T* a, const T* on,
+                                                       T* y, T* log_m, int64_t n, const CouplingConstants<T> c) {
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) {
     const auto r = coupling<kind, add_first>(x[i], t[i], h[i], elementwise ? a[i] : c.map.amplitude, c);
@@ -131,9 +144,17 @@ void forward_loop(const T* x, const T* t, const T* h, const T* a, const T* on, T
   }
 }
 
+template <int kind, bool add_first, bool elementwise, class T>
+void forward_loop(const T* x, const T* t, const T* h, const T* a, const T* on, T* y, T* log_m, int64_t n,
+                  CouplingConstants<T> c) {
+  const auto run = [&] { forward_run<kind, add_first, elementwise>(x, t, h, a, on, y, log_m, n, c); };
+  fixed_sign<kind>(c, run);
+}
+
 template <int kind, bool add_first, bool elementwise, bool from_output, class T>
-void backward_loop(const T* x, const T* t, const T* h, const T* a, const T* on, const T* gy, const T* glogdet, T* gx,
-                   T* gt, T* gh, T* ga, int64_t n, const CouplingConstants<T> c) {
+inline __attribute__((always_inline)) void backward_run(const T* x, const T* t, const T* h, const T* a, const T* on,
+                                                        const T* gy, const T* glogdet, T* gx, T* gt, T* gh, T* ga,
+                                                        int64_t n, const CouplingConstants<T> c) {
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) {
     const auto r = coupling_grad<kind, add_first, from_output>(x[i], t[i], h[i], elementwise ? a[i] : c.map.amplitude,
@@ -149,6 +170,15 @@ void backward_loop(const T* x, const T* t, const T* h, const T* a, const T* on, 
       gh[i] = r.gh;
     }
   }
+}
+
+template <int kind, bool add_first, bool elementwise, bool from_output, class T>
+void backward_loop(const T* x, const T* t, const T* h, const T* a, const T* on, const T* gy, const T* glogdet, T* gx,
+                   T* gt, T* gh, T* ga, int64_t n, CouplingConstants<T> c) {
+  const auto run = [&] {
+    backward_run<kind, add_first, elementwise, from_output>(x, t, h, a, on, gy, glogdet, gx, gt, gh, ga, n, c);
+  };
+  fixed_sign<kind>(c, run);
 }
 
 // Picks an instance of a loop: f(kind, add_first, elementwise) returns its address.
