@@ -8,9 +8,10 @@ SOURCES := setup.py pyproject.toml MANIFEST.in README.md constraints.txt $(CPP) 
 
 .PHONY: demo test bench lint clean
 
+# -I: the installed package, not the checkout, which has no compiled kernels
 demo: .venv/installed
 	rm -rf demo
-	$(BIN)/python -m fastflow.demo demo
+	$(BIN)/python -I -m fastflow.demo demo
 
 # what was installed is tested, not the checkout: its doctests, then tests/
 test: .venv/installed
@@ -18,7 +19,7 @@ test: .venv/installed
 
 bench: .venv/installed
 	$(BIN)/fastflow bench --json benchmarks/results/speed.json
-	$(BIN)/python -m fastflow.bench.table benchmarks/results/speed.json README.md
+	$(BIN)/python -I -m fastflow.bench.table benchmarks/results/speed.json README.md
 
 lint: .venv/installed
 	$(BIN)/ruff check .
