@@ -49,8 +49,8 @@ def weights(
     _check_alike(layers, actnorms)
     first, gain = layers[0], actnorms[0].gain if actnorms else 1.0
     names = ("lower", "upper", "log_s", "permutation", "sign_s") if first.lu else ("weight",)
-    kinds = [[getattr(layer, name) for layer in layers] for name in names]
-    folded = {"actnorm_log_scale": [a.log_scale for a in actnorms], "actnorm_bias": [a.bias for a in actnorms]}
+    kinds = [[_tensor(layer, name) for layer in layers] for name in names]
+    folded = {f"actnorm_{name}": [_tensor(a, name) for a in actnorms] for name in ("log_scale", "bias")}
     assemble = lu_weights if first.lu else dense_weights
 
     def build(value: Triple | None = None) -> Triple:
@@ -62,6 +62,14 @@ def weights(
         return _split(build())[1]
     value, pieces = kept
     return _split(build(value))[1] if any_grad(*tensors) else list(pieces)
+
+
+def _tensor(module: nn.Module, name: str) -> Tensor:
+    """A parameter or buffer, where it is one without the slow way of ``nn.Module.__getattr__``: there are hundreds."""
+    for place in (module._parameters, module._buffers):
+        if (found := place.get(name)) is not None:
+            return found
+    return getattr(module, name)  # parametrised
 
 
 def _split(value: Triple) -> tuple[Triple, list[Weights]]:
