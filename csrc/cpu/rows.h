@@ -17,10 +17,9 @@
 
 namespace fastflow {
 
-constexpr int64_t kTile = 1024;               // elements of a box
-constexpr int64_t kMinRow = 128;              // shorter rows are packed several to a box
-constexpr int64_t kStreamElements = 1 << 21;  // from here on a tensor comes from memory, not from a cache
-constexpr int64_t kParallelElements = 8192;   // below this a second thread costs more than it gives
+constexpr int64_t kTile = 1024;              // elements of a box
+constexpr int64_t kMinRow = 128;             // shorter rows are packed several to a box
+constexpr int64_t kParallelElements = 8192;  // below this a second thread costs more than it gives
 
 // --- half precision ---------------------------------------------------------------------------------
 
@@ -89,7 +88,6 @@ class Walk {
   int64_t boxes() const { return (samples_ + group_ - 1) / group_ * per_sample_; }
   int64_t per_sample() const { return per_sample_; }  // boxes of one sample (or of one group of samples)
   int64_t elements() const { return samples_ * outer_ * inner_; }
-  int64_t inner() const { return inner_; }
   int64_t group() const { return group_; }  // samples in a box: above 1 only if per_sample() is 1
   bool channels_inner() const { return channels_inner_; }
 
@@ -198,23 +196,11 @@ constexpr DType dtype_of() {
   return sizeof(T) == 8 ? DType::f64 : DType::f32;
 }
 
-// Asks for what a view has beyond a box while the box is computed: hardware prefetchers stop at the end of a page,
-// and a box is about a page. Past the end of the tensor the request is void.
-template <class T>
-inline void prefetch_next(const View& v, const Walk& walk, const Box& box, const T* here) {
-  const auto s = walk.strides(v);
-  const char* next = reinterpret_cast<const char*>(here + (box.ni < walk.inner() ? box.ni * s.i : box.no * s.o));
-  for (int64_t byte = 0; byte < box.size() * int64_t(sizeof(T)); byte += 64) __builtin_prefetch(next + byte);
-}
-
 // The box as contiguous values of the accumulator type: its own memory, or `buffer` filled with a copy.
 template <class T>
 const T* load(const View& v, const Walk& walk, const Box& box, T* buffer) {
-  if (v.dtype == dtype_of<T>() && walk.contiguous(v, box)) {
-    const T* here = reinterpret_cast<const T*>(v.data) + walk.offset(v, box.b, box.o, box.i);
-    if (walk.elements() >= kStreamElements) prefetch_next(v, walk, box, here);
-    return here;
-  }
+  if (v.dtype == dtype_of<T>() && walk.contiguous(v, box))
+    return reinterpret_cast<const T*>(v.data) + walk.offset(v, box.b, box.o, box.i);
   with_type(v.dtype, [&](auto type) {
     using S = decltype(type);
     each_run<const S>(v, walk, box, [=](const S& element, int64_t k) { buffer[k] = T(widen(element)); });

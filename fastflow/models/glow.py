@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastflow.nn.actnorm import ActNorm
-from fastflow.nn.base import Bijection
+from fastflow.nn.base import Bijection, no_logdet
 from fastflow.nn.conv1x1 import InvertibleConv1x1, Weights, weights
 from fastflow.nn.coupling import AdditiveCoupling, AffineCoupling
 from fastflow.nn.permutation import Permutation
@@ -285,7 +285,7 @@ class Glow(nn.Module):
             raise ValueError(f"x: expected [B, {', '.join(map(str, self.image_shape))}], got {list(x.shape)}")
         x = x.contiguous(memory_format=torch.channels_last)
         latents: list[Tensor] = []
-        total = x.new_zeros(len(x), dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
+        total = no_logdet(x)
         for level, steps in enumerate(self.levels):
             x, _ = self.squeeze(x)
             for step, mixing in zip(steps, self._mixing(steps), strict=True):
@@ -310,7 +310,7 @@ class Glow(nn.Module):
     def _unmix(self, level: int, x: Tensor) -> tuple[Tensor, Tensor]:
         """The steps of a level and its squeeze, backwards."""
         steps = self.levels[level]
-        total = x.new_zeros(len(x), dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
+        total = no_logdet(x)
         for step, mixing in zip(reversed(steps), reversed(self._mixing(steps, inverse=True)), strict=True):
             x, logdet = step.inverse(x, mixing=mixing)
             total = total + logdet

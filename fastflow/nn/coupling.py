@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from fastflow import ops
 from fastflow.nn.base import Bijection
+from fastflow.ops.coupling import checkerboard
 from fastflow.ops.scale_map import ScaleMap, scale_map
 
 __all__ = ["AffineCoupling", "AdditiveCoupling"]
@@ -50,9 +51,7 @@ class _Coupling(Bijection):
             return self.changed, x[:, self.kept]
         if isinstance(self.mask, str) and self.mask.startswith("checkerboard"):
             # the network sees all positions, with zeros where x will change
-            row = torch.arange(x.shape[-2], device=x.device)[:, None] if x.dim() > 3 else 0
-            parity = (row + torch.arange(x.shape[-1], device=x.device)) % 2
-            return self.mask, x * (parity == int(self.mask == "checkerboard_even"))
+            return self.mask, x * ~checkerboard(x, int(self.mask == "checkerboard_odd"))
         # the first half keeps the odd channel, as torch.chunk has it
         halves = {"second_half": slice(channels - channels // 2, channels), "first_half": slice(0, (channels + 1) // 2)}
         changed = halves[self.mask] if isinstance(self.mask, str) else self.mask

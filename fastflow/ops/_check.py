@@ -23,10 +23,7 @@ def floating(name: str, tensor: Tensor, dims: int = 2) -> None:
 def matching(name: str, tensor: Tensor, x: Tensor, channels: tuple[int, ...] | None = None, of: str = "x") -> None:
     """``tensor`` goes with ``x``: its device, batch and positions, a compatible dtype, one of these channel counts."""
     floating(name, tensor)
-    if tensor.device != x.device:
-        raise ValueError(f"{name}: expected device {x.device} like {of}, got {tensor.device}")
-    if (tensor.dtype == torch.float64) != (x.dtype == torch.float64):
-        raise TypeError(f"{name}: float64 goes with float64 only, got {tensor.dtype} with {of} of {x.dtype}")
+    _compatible(name, tensor, x, of)
     allowed = channels if channels is not None else (x.shape[1],)
     if tensor.shape[0] != x.shape[0] or tensor.shape[2:] != x.shape[2:] or tensor.shape[1] not in allowed:
         shapes = " or ".join(str([x.shape[0], c, *x.shape[2:]]) for c in dict.fromkeys(allowed))
@@ -40,10 +37,14 @@ def beside(name: str, tensor: Tensor, x: Tensor, shape: tuple[int, ...]) -> None
         raise ValueError(
             f"{name}: expected shape {list(shape)} for x of shape {list(x.shape)}, got {list(tensor.shape)}"
         )
+    _compatible(name, tensor, x, "x")
+
+
+def _compatible(name: str, tensor: Tensor, x: Tensor, of: str) -> None:
     if tensor.device != x.device:
-        raise ValueError(f"{name}: expected device {x.device} like x, got {tensor.device}")
+        raise ValueError(f"{name}: expected device {x.device} like {of}, got {tensor.device}")
     if (tensor.dtype == torch.float64) != (x.dtype == torch.float64):
-        raise TypeError(f"{name}: float64 goes with float64 only, got {tensor.dtype} with x of {x.dtype}")
+        raise TypeError(f"{name}: float64 goes with float64 only, got {tensor.dtype} with {of} of {x.dtype}")
 
 
 def logdet_like(name: str, logdet: Tensor | None, x: Tensor, dtype: torch.dtype) -> None:

@@ -51,7 +51,7 @@ def reference(
     changed, t, log_m = _operands(x, params, raw, amplitude, index, o)
     m = torch.exp(log_m)
     y = (changed + t) * m if o.add_first else changed * m + t
-    active = _checkerboard(changed, o.where)
+    active = _active(changed, o.where)
     if active is not None:
         y, log_m = torch.where(active, y, changed), torch.where(active, log_m, 0)
     logdet = log_m.flatten(1).sum(1)
@@ -86,7 +86,7 @@ def reference_backward(
             scaled = changed - t if from_output else changed * m
         glog_m = g * scaled + glogdet.view(-1, *[1] * (g.dim() - 1))
         gt = gx if o.add_first else g
-        active = _checkerboard(changed, o.where)
+        active = _active(changed, o.where)
         if active is not None:
             gx, gt, glog_m = torch.where(active, gx, g), torch.where(active, gt, 0), torch.where(active, glog_m, 0)
         outputs = [(t, gt), (log_m, glog_m)] if log_m.requires_grad else [(t, gt)]
@@ -135,14 +135,15 @@ def _place(x: Tensor, y: Tensor, index: Tensor | None, where: list[int]) -> Tens
     return torch.cat([x[:, : where[0]], y, x[:, where[1] :]], 1)
 
 
-def _checkerboard(x: Tensor, where: list[int]) -> Tensor | None:
+def checkerboard(x: Tensor, parity: int) -> Tensor:
     """True where (row + column) % 2 == parity; [H, W], or [T] for one-dimensional positions."""
-    parity = where[2]
-    if parity < 0:
-        return None
     column = torch.arange(x.shape[-1], device=x.device)
     row = torch.arange(x.shape[-2], device=x.device)[:, None] if x.dim() > 3 else 0
     return (row + column) % 2 == parity
+
+
+def _active(x: Tensor, where: list[int]) -> Tensor | None:
+    return None if where[2] < 0 else checkerboard(x, where[2])
 
 
 # --- contract ---------------------------------------------------------------------------------------
