@@ -173,7 +173,7 @@ def test_probes():
 # --- fused dynamics ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("hidden", [(7, 5), (FUSED_WIDTH + 3, 9), ()])
+@pytest.mark.parametrize("hidden", [(7, 5), (FUSED_WIDTH["cpu"] + 3, 9), ()])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("layer", LAYERS)
 def test_conventions_and_hutchinson(layer, activation, hidden):
@@ -218,7 +218,7 @@ def test_saturated_units(activation):
             assert (a - b).abs().max() <= 200 * torch.finfo(dtype).eps * max(1, b.abs().max().item())
 
 
-@pytest.mark.parametrize("hidden", [(64, 33), (FUSED_WIDTH + 200, 40)])
+@pytest.mark.parametrize("hidden", [(64, 33), (FUSED_WIDTH["cpu"] + 200, 40)])
 @pytest.mark.parametrize("samples", [1, 700])
 def test_gradients_are_the_same_bits_on_any_number_of_threads(samples, hidden):
     layers = mlp(hidden=hidden, dtype=torch.float32)
@@ -236,7 +236,7 @@ def test_gradients_are_the_same_bits_on_any_number_of_threads(samples, hidden):
         assert all(torch.equal(a, b) for a, b in zip(found[0], grads, strict=True))
 
 
-@pytest.mark.parametrize("hidden", [(8,), (FUSED_WIDTH + 1,)])
+@pytest.mark.parametrize("hidden", [(8,), (FUSED_WIDTH["cpu"] + 1,)])
 def test_compile(hidden):
     layers = mlp("concat", hidden=hidden, dtype=torch.float32)
     x, e = testing.case.randn(5, 3).float().requires_grad_(), ops.probes((2, 5, 3), seed=0)

@@ -42,8 +42,11 @@ struct Product {
   bool add = false;  // to what C holds
 };
 
+constexpr int64_t kRun = 64;  // of the depth: what is summed in registers before it is added to C. A sum of sums rounds
+                              // less than one long sum.
+
 template <int rows, int vectors, class T>
-void tile(int64_t depth, const T* a, int64_t a_row, int64_t a_depth, const T* b, int64_t b_row, T* c, int64_t c_row,
+void run_of_tile(int64_t depth, const T* a, int64_t a_row, int64_t a_depth, const T* b, int64_t b_row, T* c, int64_t c_row,
           bool add) {
   using V = typename Vector<T>::type;
   constexpr int64_t lanes = Vector<T>::lanes;
@@ -51,11 +54,7 @@ void tile(int64_t depth, const T* a, int64_t a_row, int64_t a_depth, const T* b,
 #pragma GCC unroll 8
   for (int i = 0; i < rows; ++i)
 #pragma GCC unroll 8
-    for (int j = 0; j < vectors; ++j)
-      if (add)
-        std::memcpy(&sum[i][j], c + i * c_row + j * lanes, sizeof(V));
-      else
-        sum[i][j] = V{};
+    for (int j = 0; j < vectors; ++j) sum[i][j] = V{};
   for (int64_t k = 0; k < depth; ++k) {
     V row[vectors];
 #pragma GCC unroll 8
@@ -70,7 +69,23 @@ void tile(int64_t depth, const T* a, int64_t a_row, int64_t a_depth, const T* b,
 #pragma GCC unroll 8
   for (int i = 0; i < rows; ++i)
 #pragma GCC unroll 8
-    for (int j = 0; j < vectors; ++j) std::memcpy(c + i * c_row + j * lanes, &sum[i][j], sizeof(V));
+    for (int j = 0; j < vectors; ++j) {
+      V before = {};
+      if (add) std::memcpy(&before, c + i * c_row + j * lanes, sizeof(V));
+      sum[i][j] += before;
+      std::memcpy(c + i * c_row + j * lanes, &sum[i][j], sizeof(V));
+    }
+}
+
+template <int rows, int vectors, class T>
+void tile(int64_t depth, const T* a, int64_t a_row, int64_t a_depth, const T* b, int64_t b_row, T* c, int64_t c_row,
+          bool add) {
+  int64_t k = 0;
+  do {
+    run_of_tile<rows, vectors>(std::min(kRun, depth - k), a + k * a_depth, a_row, a_depth, b + k * b_row, b_row, c,
+                               c_row, add || k > 0);
+    k += kRun;
+  } while (k < depth);
 }
 
 // the rows [first, rows) of one column of tiles, fewer than kTileRows of them at the end

@@ -8,11 +8,12 @@ from fastflow.ops.coupling import additive_coupling, affine_coupling
 from fastflow.ops.gaussian import gaussian_log_prob, gaussian_sample
 from fastflow.ops.gaussian_kl import gaussian_kl
 from fastflow.ops.scale_map import ScaleMap, scale_map
-from fastflow.ops.trace import TraceEstimate, bottleneck_trace, exact_trace, hutchinson, probes
+from fastflow.ops.trace import Rademacher, TraceEstimate, bottleneck_trace, exact_trace, hutchinson, probes
 from fastflow.ops.trace_mlp import mlp_trace
 
 __all__ = [
     "BackendError",
+    "Rademacher",
     "ScaleMap",
     "TraceEstimate",
     "actnorm",

@@ -19,26 +19,30 @@ __all__ = ["op", "accumulator", "any_grad", "second_order", "reference_vjp"]
 _LIBRARY = torch.library.Library("fastflow", "DEF")
 
 
-def op(schema: str, kernel: str | None = None) -> Callable[[Callable[..., Any]], dict[str, Callable[..., Any]]]:
-    """Defines the op of ``schema`` from its body ``body(kernel, *arguments)``; returns ``{backend: call}``.
+def op(
+    schema: str, *kernels: str, backends: tuple[str, ...] = tuple(_backend.NATIVE)
+) -> Callable[[Callable[..., Any]], dict[str, Callable[..., Any]]]:
+    """Defines the op of ``schema`` from its body ``body(*kernels, *arguments)``; returns ``{backend: call}``.
 
-    The kernel is the backend's function of the op's name, or of the name ``kernel``. A call goes through the
-    dispatcher only where someone listens there (torch.compile, a dispatch mode): that hop costs as much as the rest.
+    The kernels are the backend's functions of these names; none stands for the one of the op's name. A call goes
+    through the dispatcher only where someone listens there (torch.compile, a dispatch mode): that hop costs as much
+    as the rest.
     """
     name, signature = schema.split("(", 1)
-    kernel = kernel or name
+    kernels = kernels or (name,)
 
     def define(body: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
         calls = {}
-        for backend in _backend.NATIVE:
+        nothing = (lambda *_: None,) * len(kernels)
+        for backend in backends:
 
             def run(*arguments: Any, backend: str = backend) -> Any:
-                return body(_backend.NATIVE[backend].kernel(kernel), *arguments)
+                return body(*map(_backend.NATIVE[backend].kernel, kernels), *arguments)
 
             qualified = f"fastflow::{name}.{backend}"
             _LIBRARY.define(f"{name}.{backend}({signature}")
             _LIBRARY.impl(f"{name}.{backend}", run, "CompositeExplicitAutograd")
-            torch.library.register_fake(qualified, lambda *a: body(lambda *_: None, *a), lib=_LIBRARY)
+            torch.library.register_fake(qualified, lambda *a: body(*nothing, *a), lib=_LIBRARY)
             calls[backend] = _call(run, getattr(getattr(torch.ops.fastflow, name), backend))
         return calls
 

@@ -162,7 +162,7 @@ def _forward(kernel, x, params, raw, amplitude, index, running, *options):
 
 @op(
     f"coupling_fwd_out(Tensor x, {_TENSORS}, Tensor? running, Tensor(a!) out, {_OPTIONS}) -> Tensor",
-    kernel="coupling_fwd",
+    "coupling_fwd",
 )
 def _forward_out(kernel, x, params, raw, amplitude, index, running, out, *options):
     logdet = x.new_empty(x.shape[:1], dtype=accumulator(x.dtype))

@@ -112,7 +112,7 @@ def _sample(kernel, noise, params, raw, temperature, *options):
 
 @op(
     f"gaussian_sample_into(Tensor(a!) noise, Tensor? params, Tensor? raw, float temperature, {SCHEMA}) -> Tensor",
-    kernel="gaussian_sample_fwd",
+    "gaussian_sample_fwd",
 )
 def _sample_into(kernel, noise, params, raw, temperature, *options):
     logp = noise.new_empty(noise.shape[:1], dtype=accumulator(noise.dtype))

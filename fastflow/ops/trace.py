@@ -16,7 +16,7 @@ from torch import Tensor
 from fastflow.ops import _check
 from fastflow.ops._op import accumulator
 
-__all__ = ["TraceEstimate", "bottleneck_trace", "exact_trace", "hutchinson", "probes"]
+__all__ = ["Rademacher", "TraceEstimate", "bottleneck_trace", "exact_trace", "hutchinson", "probes", "signs"]
 
 KINDS = ("rademacher", "gaussian")
 METHODS = ("vjp", "jvp")
@@ -51,7 +51,8 @@ def probes(
     Of all distributions signs have the least variance; the estimate of tr A then has the variance
     2 (‖A_s‖² - Σ A_ii²), and 2 ‖A_s‖² with normal numbers, A_s being the symmetric part of A.
 
-    A ``seed`` gives the same probes on every device and in every dtype; a ``generator`` draws on its own device.
+    A ``seed`` gives the same probes on every device and in every dtype, and signs are then :func:`signs`, made on the
+    device itself; a ``generator`` draws on its own device.
 
     >>> bool((probes((3, 5, 2), seed=0) == probes((3, 5, 2), seed=0, dtype=torch.float64)).all())
     True
@@ -60,6 +61,8 @@ def probes(
         raise ValueError(f"kind: expected one of {', '.join(KINDS)}, got {kind!r}")
     if seed is not None and generator is not None:
         raise ValueError("seed: expected a seed or a generator, got both")
+    if seed is not None and kind == "rademacher":
+        return signs(shape, seed, dtype=dtype, device=device)
     if seed is not None:
         generator = torch.Generator().manual_seed(seed)
     where = device if generator is None else generator.device
@@ -71,6 +74,41 @@ def probes(
 
 
 _draw = probes  # where an argument takes the name
+
+
+class Rademacher(NamedTuple):
+    """``count`` probes of signs for every sample, made where they are used: ``signs((count, B, D), seed)``."""
+
+    count: int
+    seed: int
+
+
+def signs(
+    shape: tuple[int, ...], seed: int, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> Tensor:
+    """The signs 1 and -1 that every backend makes of a seed: element i has bit i mod 128 of Philox-4x32-10 at i / 128.
+
+    Raises:
+        ValueError: a seed that is not within [0, 2^63).
+
+    Paper: parallel random numbers, as easy as 1, 2, 3, https://doi.org/10.1145/2063384.2063405.
+
+    >>> signs((8,), seed=0).tolist()
+    [-1.0, 1.0, -1.0, 1.0, -1.0, -1.0, -1.0, 1.0]
+    """
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"seed: expected a number from 0 to 2^63 - 1, got {seed}")
+    count, low = math.prod(shape), 0xFFFFFFFF
+    index = torch.arange((count + 127) // 128, device=device)
+    words = [index & low, index >> 32, torch.zeros_like(index), torch.zeros_like(index)]
+    k0, k1 = seed & low, seed >> 32
+    for _ in range(10):
+        # int64 products wrap, but keep the 64 bits of the unsigned ones
+        a, b = words[0] * 0xD2511F53, words[2] * 0xCD9E8D57
+        words = [((b >> 32) & low) ^ words[1] ^ k0, b & low, ((a >> 32) & low) ^ words[3] ^ k1, a & low]
+        k0, k1 = (k0 + 0x9E3779B9) & low, (k1 + 0xBB67AE85) & low
+    bits = torch.stack(words, 1).view(-1, 1) >> torch.arange(32, device=device) & 1
+    return (1 - 2 * bits).flatten()[:count].view(shape).to(dtype)
 
 
 # --- public -----------------------------------------------------------------------------------------

@@ -21,12 +21,14 @@ from torch.nn import functional as F
 from fastflow.ops import _check
 from fastflow.ops._backend import choose
 from fastflow.ops._op import accumulator, any_grad, op, reference_vjp, second_order
+from fastflow.ops.trace import Rademacher, signs
 
 __all__ = ["mlp_trace"]
 
 ACTIVATIONS = ("tanh", "softplus", "elu", "silu")  # as in csrc/trace.h
 LAYERS = ("concat", "concat_squash", "ignore")  # as in csrc/cpu/trace.cpp
-FUSED_WIDTH = 128  # up to this width a block of samples stays in the cache; wider layers go one by one
+# up to this width a block of samples stays in the cache through all layers; wider ones, and others, go one by one
+FUSED_WIDTH = {"cpu": 128}
 
 _PARAMETERS = {"concat": 2, "concat_squash": 5, "ignore": 2}
 _NAMES = ("weight", "bias", "gate_weight", "gate_bias", "hyper_weight")
@@ -85,12 +87,14 @@ def _gate(t: Tensor, gate_weight: Tensor, gate_bias: Tensor, hyper_weight: Tenso
 
 # --- contract: narrow layers, all in one kernel -----------------------------------------------------
 
-_INPUTS = "Tensor x, Tensor t, Tensor probes, Tensor[] params"
-_FORWARD = f"({_INPUTS}, int layer, int activation, bool save) -> (Tensor, Tensor, Tensor)"
-_BACKWARD = f"({_INPUTS}, Tensor saved, Tensor gvalue, Tensor gtrace, int layer, int activation) -> Tensor[]"
+_FORWARD = "(Tensor x, Tensor t, Tensor probes, Tensor[] params, int layer, int activation, bool save)"
+_BACKWARD = (
+    "(Tensor x, Tensor t, Tensor probes, Tensor[] params, Tensor saved, Tensor gvalue, Tensor gtrace, int layer,"
+    " int activation)"
+)
 
 
-@op(f"mlp_trace_fwd{_FORWARD}")
+@op(f"mlp_trace_fwd{_FORWARD} -> (Tensor, Tensor, Tensor)", backends=tuple(FUSED_WIDTH))
 def _forward(kernel, x, t, probes, params, layer, activation, save):
     value, trace = torch.empty_like(x), x.new_empty(probes.shape[:2])
     # the rows of every hidden layer, padded to whole vectors as csrc/cpu/tile.h has them
@@ -100,7 +104,7 @@ def _forward(kernel, x, t, probes, params, layer, activation, save):
     return value, trace, saved
 
 
-@op(f"mlp_trace_bwd{_BACKWARD}")
+@op(f"mlp_trace_bwd{_BACKWARD} -> Tensor[]", backends=tuple(FUSED_WIDTH))
 def _backward(kernel, x, t, probes, params, saved, gvalue, gtrace, layer, activation):
     gx, gt, gparams = torch.empty_like(x), torch.empty_like(t), [torch.empty_like(p) for p in params]
     kernel(x, t, probes, params, layer, activation, saved, gvalue, gtrace, gx, gt, gparams)
@@ -108,37 +112,55 @@ def _backward(kernel, x, t, probes, params, saved, gvalue, gtrace, layer, activa
 
 
 # --- contract: wide layers, one kernel each ---------------------------------------------------------
+# rows [B, 1 + S, n]: every sample's value, then its tangents. Where no probes are given, S signs are made of the seed.
 
 
-@op(f"mlp_trace_wide_fwd{_FORWARD}", kernel="trace_layer_fwd")
-def _wide_forward(kernel, x, t, probes, params, layer, activation, save):
+def _signed(signature: str) -> str:
+    return signature.replace("Tensor probes", "Tensor? probes, int count, int seed")
+
+
+@op(
+    f"mlp_trace_wide_fwd{_signed(_FORWARD)} -> (Tensor, Tensor, Tensor)",
+    *("trace_rows", "trace_layer_fwd", "trace_contract"),
+)
+def _wide_forward(stack, run, contract, x, t, probes, count, seed, params, layer, activation, save):
     layers = _affine(t, params, layer)
-    rows = _stack(x, probes)
+    rows = x.new_empty((x.shape[0], 1 + count, x.shape[1]))
+    stack(x, probes, seed, rows)
     saved, kept = _kept(rows, layers)
     y = rows
     for (weight, bias), a in zip(layers[:-1], kept, strict=True):
         z = torch.empty_like(a) if _keeps_input(activation) else a
-        kernel(y, weight, bias, a, z, activation)
+        run(y, weight, bias, a, z, activation)
         y = z
     weight, bias = layers[-1]
     last = torch.empty_like(rows)
-    kernel(y, weight, None, last, None, activation)
-    return last[:, 0] + bias, (last[:, 1:] * rows[:, 1:]).sum(2).t().contiguous(), saved
+    run(y, weight, None, last, None, activation)
+    value, trace = torch.empty_like(x), x.new_empty((count, x.shape[0]))
+    contract(last, bias, probes, seed, value, trace)
+    return value, trace, saved
 
 
-@op(f"mlp_trace_wide_bwd{_BACKWARD}", kernel="trace_layer_bwd")
-def _wide_backward(kernel, x, t, probes, params, saved, gvalue, gtrace, layer, activation):
+@op(
+    f"mlp_trace_wide_bwd{_signed(_BACKWARD)} -> Tensor[]",
+    *("trace_rows", "trace_rows_bwd", "trace_layer_bwd"),
+)
+def _wide_backward(
+    stack, unstack, run, x, t, probes, count, seed, params, saved, gvalue, gtrace, layer, activation
+):  # fmt: skip
     layers = _affine(t, params, layer)
-    rows = _stack(x, probes)
+    rows = x.new_empty((x.shape[0], 1 + count, x.shape[1]))
+    g = torch.empty_like(rows)
+    stack(x, probes, seed, rows)
+    unstack(gvalue, gtrace, probes, seed, g)
     _, kept = _kept(rows, layers, saved)
-    g = _stack(gvalue, gtrace[..., None] * probes)
     gt, gparams = torch.zeros_like(t), []
     for i in reversed(range(len(layers))):
         weight, before = layers[i][0], kept[i - 1] if i > 0 else None
         y = rows if before is None else torch.empty_like(before) if _keeps_input(activation) else before
         previous = torch.empty_like(rows[:, 0] if before is None else before)
         gweight = weight.new_empty(weight.shape)
-        kernel(g, weight, before, y, gweight, previous, activation)
+        run(g, weight, before, y, gweight, previous, activation)
         of_t, *grads = _unfold(t, _layers(params, layer)[i], layer, gweight, g[:, 0].sum(0))
         gt, gparams = gt + of_t, [*grads, *gparams]
         g = previous
@@ -147,11 +169,6 @@ def _wide_backward(kernel, x, t, probes, params, saved, gvalue, gtrace, layer, a
 
 def _keeps_input(activation: int) -> bool:
     return ACTIVATIONS[activation] == "silu"  # as in csrc/trace.h
-
-
-def _stack(x: Tensor, probes: Tensor) -> Tensor:
-    """[B, 1 + S, D]: every sample's x, then its probes."""
-    return torch.cat([x[:, None], probes.transpose(0, 1)], 1)
 
 
 def _kept(rows: Tensor, layers: list, saved: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
@@ -179,13 +196,12 @@ def _unfold(t: Tensor, params: Sequence[Tensor], layer: int, gweight: Tensor, gb
 
 
 class _MlpTrace(torch.autograd.Function):
-    """Saves x, the probes, the parameters and the rows of the hidden layers."""
+    """Saves x, the probes (or their seed), the parameters and the rows of the hidden layers."""
 
     @staticmethod
-    def forward(ctx, backend, wide, layer, activation, x, t, probes, *params):
-        run = _wide_forward if wide else _forward
-        value, trace, saved = run[backend](x, t, probes, params, layer, activation, True)
-        ctx.backend, ctx.wide, ctx.layer, ctx.activation = backend, wide, layer, activation
+    def forward(ctx, run, backward, meaning, source, x, t, probes, *params):
+        value, trace, saved = run(x, t, probes, *source, params, *meaning, True)
+        ctx.backward_of, ctx.meaning, ctx.source = backward, meaning, source
         ctx.save_for_backward(saved, x, t, probes, *params)
         return value, trace
 
@@ -193,11 +209,11 @@ class _MlpTrace(torch.autograd.Function):
     def backward(ctx, gvalue, gtrace):
         saved, x, t, probes, *params = ctx.saved_tensors
         if second_order():
-            meaning = partial(reference, layer=ctx.layer, activation=ctx.activation)
+            probes = _materialised(x, probes, *ctx.source)
+            meaning = partial(reference, layer=ctx.meaning[0], activation=ctx.meaning[1])
             return *[None] * 4, *reference_vjp(meaning, (x, t, probes, *params), (gvalue, gtrace))
-        run = _wide_backward if ctx.wide else _backward
-        gx, gt, *gparams = run[ctx.backend](
-            x, t, probes, params, saved, gvalue, gtrace, ctx.layer, ctx.activation
+        gx, gt, *gparams = ctx.backward_of(
+            x, t, probes, *ctx.source, params, saved, gvalue, gtrace, *ctx.meaning
         )  # fmt: skip
         return *[None] * 4, gx, gt, None, *gparams
 
@@ -212,7 +228,7 @@ def mlp_trace(
     *,
     activation: Literal["tanh", "softplus", "elu", "silu"] = "tanh",
     layer: Literal["concat", "concat_squash", "ignore"] = "concat",
-    probes: Tensor | None = None,
+    probes: Tensor | Rademacher | None = None,
     exact: bool = False,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -226,7 +242,8 @@ def mlp_trace(
             ``concat_squash``: (weight [m, n], bias [m], gate_weight [m, 1], gate_bias [m], hyper_weight [m, 1]), the
             layer is (weight y + bias) sigmoid(gate_weight t + gate_bias) + hyper_weight t;
             ``ignore``: (weight [m, n], bias [m]).
-        probes: e, [S, B, D] or [B, D], from :func:`fastflow.probes`; they count as constants.
+        probes: e, [S, B, D] or [B, D], from :func:`fastflow.probes`; they count as constants. Or
+            :class:`fastflow.Rademacher`: signs that a kernel makes of a seed where it needs them.
         exact: the trace itself by D unit tangents instead; for small D.
         backend: a backend by name; None chooses.
 
@@ -256,24 +273,36 @@ def mlp_trace(
     if layer not in LAYERS:
         raise ValueError(f"layer: expected one of {', '.join(LAYERS)}, got {layer!r}")
     dtype = accumulator(x.dtype)
-    probes, reduce = _probes(x, probes, exact)
+    probes, count, seed, reduce = _probes(x, probes, exact)
     time = _time(t, x)
     params = _parameters(x, layers, layer)
     backend = choose((x,), backend)  # all others are of its device and of a dtype that goes with it
-    tensors = tuple(p if p.dtype == dtype else p.to(dtype) for p in (x, time, probes, *params))
+    tensors = tuple(p if p is None or p.dtype == dtype else p.to(dtype) for p in (x, time, probes, *params))
     with _without_autocast(x.device.type):
-        value, trace = _run(backend, tensors, LAYERS.index(layer), ACTIVATIONS.index(activation))
+        value, trace = _run(backend, tensors, count, seed, LAYERS.index(layer), ACTIVATIONS.index(activation))
     return value.to(x.dtype), {"sum": lambda: trace.sum(0), "only": lambda: trace[0], "all": lambda: trace}[reduce]()
 
 
-def _run(backend: str, tensors: tuple[Tensor, ...], layer: int, activation: int) -> tuple[Tensor, Tensor]:
-    if backend == "reference":
-        return reference(*tensors, layer=layer, activation=activation)
+def _run(
+    backend: str, tensors: tuple[Tensor | None, ...], count: int, seed: int, layer: int, activation: int
+) -> tuple[Tensor, Tensor]:
     x, t, probes, *params = tensors
-    wide = max(x.shape[1], *(p[0].shape[0] for p in _layers(params, layer))) > FUSED_WIDTH
+    widest = max(x.shape[1], *(p[0].shape[0] for p in _layers(params, layer)))
+    fused = widest <= FUSED_WIDTH.get(backend, 0)
+    if fused or backend == "reference":
+        probes = _materialised(x, probes, count, seed)
+    if backend == "reference":
+        return reference(x, t, probes, *params, layer=layer, activation=activation)
+    forward, backward = (_forward, _backward) if fused else (_wide_forward, _wide_backward)
+    source, meaning = () if fused else (count, seed), (layer, activation)
     if any_grad(*tensors):
-        return _MlpTrace.apply(backend, wide, layer, activation, *tensors)
-    return (_wide_forward if wide else _forward)[backend](x, t, probes, params, layer, activation, False)[:2]
+        return _MlpTrace.apply(forward[backend], backward[backend], meaning, source, x, t, probes, *params)
+    return forward[backend](x, t, probes, *source, params, *meaning, False)[:2]
+
+
+def _materialised(x: Tensor, probes: Tensor | None, count: int = 0, seed: int = 0) -> Tensor:
+    """The probes [S, B, D], made of the seed where they are not given."""
+    return signs((count, *x.shape), seed, dtype=x.dtype, device=x.device) if probes is None else probes
 
 
 def _without_autocast(device: str) -> contextlib.AbstractContextManager:
@@ -283,19 +312,24 @@ def _without_autocast(device: str) -> contextlib.AbstractContextManager:
     return contextlib.nullcontext()
 
 
-def _probes(x: Tensor, probes: Tensor | None, exact: bool) -> tuple[Tensor, str]:
-    """(probes [S, B, D], what to make of the estimates [S, B])"""
+def _probes(x: Tensor, probes: Tensor | Rademacher | None, exact: bool) -> tuple[Tensor | None, int, int, str]:
+    """(probes [S, B, D] or None for signs, S, their seed, what to make of the estimates [S, B])"""
     if exact == (probes is not None):
         raise ValueError("probes: expected either probes or exact=True, got " + ("both" if exact else "neither"))
     if exact:
         unit = torch.eye(x.shape[1], dtype=accumulator(x.dtype), device=x.device)
-        return unit[:, None].expand(-1, x.shape[0], -1), "sum"
+        return unit[:, None].expand(-1, x.shape[0], -1), x.shape[1], 0, "sum"
+    if isinstance(probes, Rademacher):
+        if probes.count < 1 or not 0 <= probes.seed < 2**63:
+            raise ValueError(f"probes: expected a count of at least 1 and a seed from 0 to 2^63 - 1, got {probes}")
+        return None, probes.count, probes.seed, "all"
     if not isinstance(probes, Tensor):
-        raise TypeError(f"probes: expected a tensor, got {type(probes).__name__}")
+        raise TypeError(f"probes: expected a tensor or Rademacher, got {type(probes).__name__}")
     if probes.dim() not in (2, 3) or probes.shape[-2:] != x.shape:
         raise ValueError(f"probes: expected [S, {x.shape[0]}, {x.shape[1]}] or x's shape, got {list(probes.shape)}")
     _goes_with(x, "probes", probes)
-    return (probes.detach()[None], "only") if probes.dim() == 2 else (probes.detach(), "all")
+    probes = probes.detach()
+    return (probes[None], 1, 0, "only") if probes.dim() == 2 else (probes, probes.shape[0], 0, "all")
 
 
 def _time(t: Tensor | float, x: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from fastflow.ops.trace_mlp import _NAMES, _PARAMETERS, ACTIVATIONS, LAYERS
 from fastflow.testing.case import Case, Inputs, randn
 
 NARROW = {"tiny": (5, 3, (6, 4)), "odd": (37, 5, (33, 17, 7)), "bench": (512, 2, (64, 64, 64))}
-WIDE = {"tiny": (5, 3, (130,)), "odd": (11, 3, (131, 145)), "bench": (200, 43, (860, 860))}
+WIDE = {"tiny": (16, 3, (130,)), "odd": (11, 3, (131, 145)), "bench": (200, 43, (860, 860))}
 
 
 def _shapes(layer: str, n: int, m: int) -> tuple[tuple[int, ...], ...]:
@@ -32,14 +32,24 @@ def _inputs(size: str, sizes: dict, layer: str) -> Inputs:
 
 
 def _run(
-    x: Tensor, t: Tensor, layer: str, count: int | None, backend=None, order: Tensor | None = None, **rest
+    x: Tensor,
+    t: Tensor,
+    layer: str,
+    count: int | None,
+    seed: int | None = None,
+    backend=None,
+    order: Tensor | None = None,
+    **rest,
 ) -> tuple[Tensor, Tensor]:
-    """With ``order`` the samples, variables and hidden units are permuted on the way in, and back on the way out."""
+    """With a ``seed`` the kernels make the probes. With ``order`` the samples, variables and hidden units are permuted on the way in, and back on the way out."""
     activation = rest.pop("activation")
     each, values = _PARAMETERS[layer], list(rest.values())
     layers = [values[i : i + each] for i in range(0, len(values), each)]
     probes = None if count is None else randn(count, *x.shape).to(x)
     options = {"layer": layer, "activation": activation, "backend": backend, "exact": count is None}
+    if seed is not None:
+        made = ops.trace.signs((count, *x.shape), seed, dtype=x.dtype, device=x.device)
+        probes = ops.Rademacher(count, seed) if order is None else made
     if order is None:
         return ops.mlp_trace(x, t, layers, probes=probes, **options)
     samples, variables = (_permutation(n, order).to(x.device) for n in x.shape)
@@ -62,13 +72,14 @@ def _orders(inputs: Inputs) -> Iterator[Inputs]:
     return ({**inputs, "order": torch.tensor(seed)} for seed in range(12))
 
 
-def _case(layer: str, activation: str, count: int | None, wide: bool = False) -> Case:
+def _case(layer: str, activation: str, count: int | None, wide: bool = False, seed: int | None = None) -> Case:
     name = f"{layer}-{activation}-" + ("exact" if count is None else f"{count}") + ("-wide" if wide else "")
+    name += "" if seed is None else "-signs"
     make = partial(_inputs, sizes=WIDE if wide else NARROW, layer=layer)
     return Case(
         "trace",
         name,
-        partial(_run, layer=layer, activation=activation, count=count),
+        partial(_run, layer=layer, activation=activation, count=count, seed=seed),
         make,
         keep=tuple(make("tiny"))[1:],
         orders=_orders,
@@ -82,3 +93,5 @@ def cases() -> Iterator[Case]:
                 yield _case(layer, activation, count)
     for layer, activation, count in zip((*LAYERS, LAYERS[1]), ACTIVATIONS, (1, 3, 1, 1), strict=True):
         yield _case(layer, activation, count, wide=True)
+    for wide in (False, True):
+        yield _case("concat", "tanh", 3, wide, seed=2**40 + 5)
