@@ -266,7 +266,7 @@ def test_freia_all_in_one():
         ({"mask": torch.tensor([0, 7]), "params": torch.ones(2, 4)}, "channel index 7 reaches outside"),
         ({"mask": slice(0, 3, 2)}, "mask: expected a slice of step 1"),
         ({"logdet": torch.ones(3)}, r"logdet: expected \[2\] of torch.float32"),
-        ({"backend": "gpu"}, "backend: expected one of cpu, reference, got 'gpu'"),
+        ({"backend": "gpu"}, "backend: expected one of cpu, cuda, triton, reference, got 'gpu'"),
         (
             {"x": torch.ones(2, 3, device="meta"), "params": torch.ones(2, 6, device="meta"), "backend": "cpu"},
             "is on meta",

@@ -1,25 +1,36 @@
 """Which backend serves a call, and why the others do not: the only place that decides.
 
 ``reference`` is plain PyTorch and serves everything; a native backend is a module of this folder with
-``unavailable()``, ``refuses(tensors)`` and ``kernel(name)``.
+``unavailable()``, ``refuses(tensors)`` and ``kernel(name)``. One that is built on the user's machine (``TESTED``) must
+first pass the self-test of a family on the device and in the dtype at hand.
 """
 
 from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastflow.ops import cpu
+from fastflow.ops import cpu, cuda, triton
 
-__all__ = ["NATIVE", "BACKENDS", "BackendError", "use_backend", "choose", "reasons", "transformed"]
+__all__ = ["NATIVE", "BACKENDS", "BackendError", "Family", "use_backend", "choose", "reasons", "transformed"]
 
-NATIVE: dict[str, ModuleType] = {"cpu": cpu}  # the fastest first
+NATIVE: dict[str, ModuleType] = {"cpu": cpu, "cuda": cuda, "triton": triton}
+TESTED = ("cuda", "triton")
 BACKENDS = (*NATIVE, "reference")
+
+
+class Family(NamedTuple):
+    """A family of ops to choose for."""
+
+    name: str
+    gpu: tuple[str, ...] = ("cuda", "triton")
+    """The backends for a GPU, the fastest first."""
 
 
 class _Forced(threading.local):
@@ -56,36 +67,59 @@ def _checked(name: str | None) -> str | None:
     return name
 
 
-def choose(tensors: Iterable[Tensor | None], backend: str | None = None) -> str:
-    """The backend that serves a call on these tensors: the one asked for, or the fastest that can."""
-    tensors = tuple(tensors)
+def choose(family: Family, tensors: tuple[Tensor | None, ...], backend: str | None = None) -> str:
+    """The backend that serves a call on these tensors, the first of which is not None: the one asked for, or the
+    fastest that can."""
     forced = _checked(backend) or _forced.name
     if forced == "reference":
         return forced
-    for name in NATIVE if forced is None else (forced,):
-        if _refusal(name, tensors) is None:
+    first = tensors[0]
+    for name in (forced,) if forced is not None else ("cpu",) if first.device.type == "cpu" else family.gpu:
+        if _refusal(name, tensors, family) is None:
             return name
     if forced is None:
         return "reference"
     raise BackendError(
         f"backend {forced!r} cannot serve this call. "
-        + "; ".join(f"{name}: {reason or 'can serve it'}" for name, reason in reasons(tensors).items())
+        + "; ".join(f"{name}: {reason or 'can serve it'}" for name, reason in reasons(tensors, family).items())
     )
 
 
-def reasons(tensors: Iterable[Tensor | None] = ()) -> dict[str, str | None]:
+def reasons(tensors: tuple[Tensor | None, ...] = (), family: Family | None = None) -> dict[str, str | None]:
     """For every backend why it cannot serve these tensors, None where it can."""
-    tensors = tuple(tensors)
-    return {name: _refusal(name, tensors) for name in NATIVE} | {"reference": None}
+    return {name: _refusal(name, tensors, family) for name in NATIVE} | {"reference": None}
 
 
-def _refusal(name: str, tensors: tuple[Tensor | None, ...]) -> str | None:
+def _refusal(name: str, tensors: tuple[Tensor | None, ...], family: Family | None) -> str | None:
     backend = NATIVE[name]
     if (reason := backend.unavailable()) is not None:
         return reason
     if not torch.compiler.is_compiling() and transformed():
         return "inside a torch.func transform or forward-mode differentiation"
-    return backend.refuses(tensors)
+    if (reason := backend.refuses(tensors)) is not None or family is None or torch.compiler.is_compiling():
+        return reason
+    return doubt(name, family, tensors[0])
+
+
+_verdicts: dict[tuple[str, str, torch.device, torch.dtype], str | None] = {}
+
+
+def doubt(name: str, family: Family, tensor: Tensor) -> str | None:
+    """What is wrong with the kernels of a family, found out once for every device and dtype."""
+    if name not in TESTED:
+        return None
+    device, dtype = tensor.device, tensor.dtype
+    key = name, family.name, device, dtype
+    if key in _verdicts:
+        return _verdicts[key]
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return f"its self-test of {family.name} ({dtype}) has not run yet and cannot within a CUDA graph: run the call once"
+    # the table of cases is above the ops; nothing else of it is known here
+    from fastflow.testing.selftest import selftest
+
+    _verdicts[key] = None  # the test itself calls the kernels
+    _verdicts[key] = selftest(*key)
+    return _verdicts[key]
 
 
 def transformed() -> bool:

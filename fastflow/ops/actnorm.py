@@ -6,10 +6,12 @@ import torch
 from torch import Tensor
 
 from fastflow.ops import _check
-from fastflow.ops._backend import choose
+from fastflow.ops._backend import Family, choose
 from fastflow.ops._op import accumulator, any_grad, op, reference_vjp, second_order
 
 __all__ = ["actnorm"]
+
+FAMILY = Family("actnorm")
 
 # --- meaning ----------------------------------------------------------------------------------------
 
@@ -128,7 +130,7 @@ def actnorm(
         _check.beside(name, tensor, x, (x.shape[1],))
     _check.logdet_like("logdet", logdet, x, accumulator(x.dtype))
     tensors = (x, log_scale, bias, logdet)
-    backend = choose(tensors, backend)
+    backend = choose(FAMILY, tensors, backend)
     if backend == "reference":
         return reference(*tensors, gain, inverse)
     tensors = (_check.strided(x), *tensors[1:])

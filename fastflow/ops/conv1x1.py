@@ -12,7 +12,7 @@ from torch import Tensor
 from fastflow.ops import _check
 from fastflow.ops._backend import choose
 from fastflow.ops._op import accumulator, any_grad, op, reference_vjp, second_order
-from fastflow.ops.conv1x1_weights import dense_weights
+from fastflow.ops.conv1x1_weights import FAMILY, dense_weights
 
 __all__ = ["conv1x1"]
 
@@ -139,7 +139,7 @@ def conv1x1(
         weight_logdet = dense_weights([weight])[2][0]
     _check.beside("weight_logdet", weight_logdet, x, ())
     tensors = (x, weight, bias, weight_logdet, logdet)
-    backend = choose(tensors, backend)
+    backend = choose(FAMILY, tensors, backend)
     if backend == "reference" or channels > KERNEL_CHANNELS:
         return reference(*tensors)
     tensors = (_check.strided(x), *tensors[1:])

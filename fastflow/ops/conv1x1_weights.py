@@ -16,6 +16,7 @@ from fastflow.ops._op import accumulator, any_grad, op, reference_vjp, second_or
 
 __all__ = ["lu_weights", "dense_weights"]
 
+FAMILY = _backend.Family("conv1x1")
 Triple = tuple[Tensor, Tensor, Tensor]  # M [N, C, C], c [N, C], logdet [N]
 
 # --- meaning ----------------------------------------------------------------------------------------
@@ -218,7 +219,7 @@ def lu_weights(
     kinds = (lower, upper, log_s, permutation, sign_s, actnorm_log_scale, actnorm_bias)
     if layers == 0 or not isinstance(log_s[0], Tensor):
         _check_lu(*kinds)
-    backend = _backend.choose((log_s[0],), backend)
+    backend = _backend.choose(FAMILY, (log_s[0],), backend)
     if backend == "reference" or torch.compiler.is_compiling():
         _check_lu(*kinds)
     factors = [tensor for kind in kinds for tensor in kind]

@@ -12,12 +12,14 @@ import torch
 from torch import Tensor
 
 from fastflow.ops import _check
-from fastflow.ops._backend import choose
+from fastflow.ops._backend import Family, choose
 from fastflow.ops._op import accumulator, any_grad, op, second_order
 from fastflow.ops.packing import PACKINGS, packing_code, unpack
 from fastflow.ops.scale_map import KINDS, ScaleMap, log_scale, scale_map
 
 __all__ = ["affine_coupling", "additive_coupling"]
+
+FAMILY = Family("coupling")
 
 Mask = slice | Tensor | Literal["checkerboard_even", "checkerboard_odd"] | None
 
@@ -344,7 +346,7 @@ def _coupling(x, params, raw, packing, scale, order, mask, inverse, shift_gain, 
         where,
     )
     tensors = (x, params, raw, amplitude, index, running)
-    backend = choose((x, params, raw, amplitude, running), backend)
+    backend = choose(FAMILY, (x, params, raw, amplitude, running), backend)
     if out is None:
         return _fresh(backend, save == "output", tensors, options)
     return _into(out, backend, tensors, options)

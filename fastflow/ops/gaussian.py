@@ -13,12 +13,14 @@ import torch
 from torch import Tensor
 
 from fastflow.ops import _check
-from fastflow.ops._backend import choose
+from fastflow.ops._backend import Family, choose
 from fastflow.ops._op import accumulator, any_grad, op, reference_vjp, second_order
 from fastflow.ops.packing import PACKINGS, packing_code, unpack
 from fastflow.ops.scale_map import KINDS, ScaleMap, log_scale, scale_map
 
 __all__ = ["gaussian_log_prob", "gaussian_sample"]
+
+FAMILY = Family("gaussian")
 
 HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
 
@@ -217,7 +219,7 @@ def gaussian_log_prob(
     options, params, raw = _arguments(z, params, raw, packing, scale, "z")
     _check.logdet_like("running", running, z, accumulator(z.dtype))
     tensors = (z, params, raw, running)
-    backend = choose(tensors, backend)
+    backend = choose(FAMILY, tensors, backend)
     if backend == "reference":
         return reference(*tensors, *options)[0]
     tensors = tuple(_check.strided(t) for t in tensors)
@@ -272,7 +274,7 @@ def gaussian_sample(
     _check.floating("noise", noise)
     options, params, raw = _arguments(noise, params, raw, packing, scale, "noise")
     tensors = (noise, params, raw)
-    backend = choose(tensors, backend)
+    backend = choose(FAMILY, tensors, backend)
     if backend == "reference":
         return reference_sample(*tensors, float(temperature), *options)
     tensors = tuple(_check.strided(t) for t in tensors)

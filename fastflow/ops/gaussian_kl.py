@@ -10,7 +10,7 @@ from torch import Tensor
 from fastflow.ops import _check
 from fastflow.ops._backend import choose
 from fastflow.ops._op import accumulator, any_grad, op, reference_vjp, second_order
-from fastflow.ops.gaussian import SCHEMA, Options, broadcast, gaussian_options, given, like, moments
+from fastflow.ops.gaussian import FAMILY, SCHEMA, Options, broadcast, gaussian_options, given, like, moments
 from fastflow.ops.scale_map import ScaleMap
 
 __all__ = ["gaussian_kl"]
@@ -126,7 +126,7 @@ def gaussian_kl(
         prior = broadcast("prior", prior, params, params.shape[1], "params")
         prior_raw = None if raw is None else broadcast("prior_raw", prior_raw, params, params.shape[1], "params")
     tensors = (params, raw, prior, prior_raw)
-    backend = choose(tensors, backend)
+    backend = choose(FAMILY, tensors, backend)
     if backend == "reference":
         return reference(*tensors, *options)[0]
     tensors = tuple(_check.strided(t) for t in tensors)

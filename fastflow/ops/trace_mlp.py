@@ -19,11 +19,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastflow.ops import _check
-from fastflow.ops._backend import choose
+from fastflow.ops._backend import Family, choose
 from fastflow.ops._op import accumulator, any_grad, op, reference_vjp, second_order
 from fastflow.ops.trace import Rademacher, signs
 
 __all__ = ["mlp_trace"]
+
+FAMILY = Family("trace")
 
 ACTIVATIONS = ("tanh", "softplus", "elu", "silu")  # as in csrc/trace.h
 LAYERS = ("concat", "concat_squash", "ignore")  # as in csrc/cpu/trace.cpp
@@ -276,7 +278,7 @@ def mlp_trace(
     probes, count, seed, reduce = _probes(x, probes, exact)
     time = _time(t, x)
     params = _parameters(x, layers, layer)
-    backend = choose((x,), backend)  # all others are of its device and of a dtype that goes with it
+    backend = choose(FAMILY, (x,), backend)  # all others are of its device and of a dtype that goes with it
     tensors = tuple(p if p is None or p.dtype == dtype else p.to(dtype) for p in (x, time, probes, *params))
     with _without_autocast(x.device.type):
         value, trace = _run(backend, tensors, count, seed, LAYERS.index(layer), ACTIVATIONS.index(activation))

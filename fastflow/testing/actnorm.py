@@ -34,4 +34,5 @@ def cases() -> Iterator[Case]:
                 partial(_inputs, shapes=shapes),
                 back=partial(_back, **options),
                 logdet=1,
+                selftest=True,
             )

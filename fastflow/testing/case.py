@@ -39,6 +39,9 @@ class Case:
     """Where ``run`` computes in float64 whatever its inputs are: the case in the dtype of its inputs throughout. How
     large the rounding of float64 is shows there."""
 
+    selftest: bool = False
+    """Part of what a GPU backend must pass before its first use?"""
+
     @property
     def id(self) -> str:
         return f"{self.family}-{self.name}"

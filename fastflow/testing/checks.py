@@ -130,6 +130,13 @@ def check_gradient(case: Case, backend: str, dtype: torch.dtype, device: str = "
         _against(case, backend, dtype, device, size, lambda c, i, b, w=weights: _grads(c, i, b, w))
 
 
+def check_selftest(case: Case, backend: str, dtype: torch.dtype, device: str) -> None:
+    """Values and gradients at the tiny size, in every layout: seconds of the full checks in milliseconds."""
+    _against(case, backend, dtype, device, "tiny", lambda c, i, b: c.run(backend=b, **i))
+    weights = tuple(randn(*o.shape, seed=7).to(device) for o in case.run(backend="reference", **case.inputs("tiny")))
+    _against(case, backend, dtype, device, "tiny", lambda c, i, b: _grads(c, i, b, weights))
+
+
 def check_inverse(case: Case, backend: str, dtype: torch.dtype, device: str = "cpu") -> None:
     """The inverse of the output is the input again, to the error the reference has."""
     if case.back is None:

@@ -54,9 +54,12 @@ def able(device: str = "cpu", asked: str | None = None) -> list[str]:
         probe = torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from error
-    if asked is not None:
-        return [_backend.choose([probe], asked)]
-    return [name for name, reason in _backend.reasons([probe]).items() if reason is None]
+    reasons = _backend.reasons((probe,))
+    if asked is None:
+        return [name for name, reason in reasons.items() if reason is None]
+    if asked not in reasons or reasons[asked] is not None:
+        raise UserError(f"backend {asked!r}: {reasons.get(asked) or 'expected one of ' + ', '.join(reasons)}")
+    return [asked]
 
 
 def _family(name: str, dtypes: Sequence[str], backends: Sequence[str], device: str) -> tuple[list[str], int]:

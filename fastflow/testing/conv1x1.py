@@ -17,6 +17,7 @@ WIDE = {"tiny": (2, 5, 3, 1), "odd": (3, 67, 5, 9), "bench": (64, 96, 4, 4)}
 ONE = {"tiny": (2, 1, 2, 3), "odd": (5, 1, 5, 9), "bench": (64, 1, 16, 16)}
 CHAIN = IMAGES | {"odd": (5, 7, 5, 3)}
 LAYERS = {"tiny": (3, 4), "odd": (5, 7), "bench": (32, 48)}  # N, C
+SELFTEST = ("lu-actnorm", "lu-actnorm-inverse")
 FACTORS = ("weight", "bias", "lower", "upper", "log_s", "permutation", "log_scale", "shift")
 
 
@@ -121,6 +122,7 @@ def cases() -> Iterator[Case]:
                 back=_op_back,
                 logdet=1,
                 keep=FACTORS,
+                selftest=bias,
             )
     for dense in (False, True):
         for actnorm in (False, True):
@@ -140,6 +142,7 @@ def _pair(name: str, inverse: bool, **factors: bool) -> Iterator[Case]:
         options = {"weights": run, "inverse": inverse}
         inputs = partial(_chain_inputs, shapes=VECTORS if factors["dense"] else CHAIN, **factors)
         back = partial(_chain_back, **options)
+        more["selftest"] = name in SELFTEST
         return Case("conv1x1", name, partial(_chain, **options), inputs, back, logdet=1, keep=FACTORS, **more)
 
     yield weights(_weights, plain=weights(_plain_weights))

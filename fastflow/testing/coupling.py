@@ -12,6 +12,7 @@ from fastflow import ops
 from fastflow.testing.case import Case, Inputs, randn
 
 IMAGES = {"tiny": (2, 4, 2, 3), "odd": (11, 7, 5, 9), "bench": (64, 12, 16, 16)}
+SELFTEST = ("sigmoid2-forward", "exp-inverse", "learned-checkerboard", "vector", "additive")
 VECTORS = {"tiny": (3, 4), "odd": (37, 7), "bench": (4096, 64)}
 
 
@@ -49,6 +50,7 @@ def _case(name: str, shapes: dict = IMAGES, additive: bool = False, learned: boo
         partial(_inputs, shapes=shapes, per_channel=1 if additive else 2, part=part, learned=learned),
         back=partial(_back, run=reverse, inverse=inverse),
         logdet=1,
+        selftest=name in SELFTEST,
     )
 
 

@@ -9,6 +9,7 @@ from fastflow import ops
 from fastflow.testing.case import Case, Inputs, randn
 
 IMAGES = {"tiny": (2, 4, 2, 3), "odd": (11, 7, 5, 9), "bench": (64, 12, 8, 8)}
+SELFTEST = ("standard", "log_prob-exp", "log_prob-vector-chunk_ts", "sample-glow", "kl-packed", "kl-standard")
 VECTORS = {"tiny": (3, 4), "odd": (37, 7), "bench": (4096, 64)}
 
 
@@ -34,6 +35,7 @@ def _case(name: str, run: Callable, names: dict[str, int], shapes: dict = IMAGES
         name,
         partial(_tuple, run, **options),
         partial(_inputs, shapes=shapes, names=names, per_channel=per_channel),
+        selftest=name in SELFTEST,
     )
 
 

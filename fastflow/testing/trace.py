@@ -83,6 +83,7 @@ def _case(layer: str, activation: str, count: int | None, wide: bool = False, se
         make,
         keep=tuple(make("tiny"))[1:],
         orders=_orders,
+        selftest=wide,
     )
 
 

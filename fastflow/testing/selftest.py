@@ -1,0 +1,65 @@
+"""The self-test of a GPU backend: a few tiny cases of a family against the reference before the first use.
+
+So a build for a new GPU, driver or compiler that computes wrong numbers is found out and not used. What passed is
+remembered on disk for this GPU, driver, version of torch and version of the kernels.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from pathlib import Path
+
+import torch
+
+from fastflow.ops import _backend
+from fastflow.testing.checks import check_selftest
+
+__all__ = ["cache_folder", "selftest"]
+
+
+def cache_folder() -> Path:
+    """Where fastflow keeps what it found out: FASTFLOW_CACHE, or the user's cache folder."""
+    if given := os.environ.get("FASTFLOW_CACHE"):
+        return Path(given)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastflow"
+
+
+def selftest(backend: str, family: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """What is wrong with the kernels of ``family``, None where they are right."""
+    from fastflow.testing import cases
+
+    passed = cache_folder() / "selftest" / _fingerprint(backend, family, device, dtype)
+    if passed.is_file():
+        return None
+    for case in cases(family):
+        if not case.selftest or dtype not in case.dtypes:
+            continue
+        try:
+            with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
+                check_selftest(case, backend, dtype, str(device))
+        except Exception as error:  # a kernel that does not compile or launch is as wrong as one that miscalculates
+            return f"its self-test failed: {' '.join(f'{type(error).__name__}: {error}'.split())[:300]}"
+    _remember(passed)
+    return None
+
+
+def _fingerprint(backend: str, family: str, device: torch.device, dtype: torch.dtype) -> str:
+    """Names everything that the verdict depends on."""
+    facts = [backend, family, str(dtype), torch.__version__, _backend.NATIVE[backend].fingerprint()]
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        driver = torch._C._cuda_getDriverVersion() if hasattr(torch._C, "_cuda_getDriverVersion") else ""
+        facts += [properties.name, str(properties.major), str(properties.minor), str(driver)]
+    return hashlib.sha256("\n".join(facts).encode()).hexdigest()
+
+
+def _remember(passed: Path) -> None:
+    """An empty file, made at once; where nothing can be written the test is simply run again next time."""
+    try:
+        passed.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=passed.parent, delete=False) as file:
+            os.replace(file.name, passed)
+    except OSError:
+        pass
