@@ -2,11 +2,20 @@
 // Every function is accurate to a few units in the last place over its whole range and passes NaN on.
 #pragma once
 
+#if defined(__CUDACC_RTC__)  // has no headers
+using int32_t = int;
+using int64_t = long long;
+using uint16_t = unsigned short;
+using uint32_t = unsigned int;
+using uint64_t = unsigned long long;
+#else
 #include <stdint.h>
+#endif
 
 #if defined(__CUDACC__) || defined(__CUDACC_RTC__)
 #define FF_HD __host__ __device__ __forceinline__
-#else
+#define FF_D __device__ __forceinline__
+#elif !defined(FF_EMULATE)
 #define FF_HD inline __attribute__((always_inline))
 #endif
 
@@ -76,9 +85,12 @@ FF_HD double expm1_reduced(double r) {
   return 2.0 * (p / (q - p));
 }
 
-// e^x; 0 below the smallest normal result, inf above the largest
+// e^x; 0 below the smallest normal result, inf above the largest. A GPU has an instruction for 2^x.
 template <class T>
 FF_HD T exp(T x) {
+#if defined(__CUDA_ARCH__)
+  if constexpr (sizeof(T) == 4) return ::expf(x);
+#endif
   using F = Float<T>;
   using Int = typename F::Int;
   T v = x < F::exp_low ? F::exp_low : x;
@@ -99,6 +111,9 @@ FF_HD T exp(T x) {
 // e^x for x <= 0: one scaling and one bound fewer
 template <class T>
 FF_HD T exp_nonpositive(T x) {
+#if defined(__CUDA_ARCH__)
+  if constexpr (sizeof(T) == 4) return ::expf(x);
+#endif
   using F = Float<T>;
   using Int = typename F::Int;
   const T v = x < F::exp_low ? F::exp_low : x;
@@ -136,6 +151,9 @@ FF_HD double log_tail(double s2) {
 // ln x for x >= 0; log(0) = -inf, negative x gives NaN
 template <class T>
 FF_HD T log(T x) {
+#if defined(__CUDA_ARCH__)
+  if constexpr (sizeof(T) == 4) return ::logf(x);
+#endif
   using F = Float<T>;
   using Int = typename F::Int;
   constexpr T denormal_scale = T(Int(1) << F::mantissa);
@@ -176,7 +194,11 @@ FF_HD double log1p_unit(double q) {
   constexpr int terms = 17;  // s^2 <= 1/9
   const double s = q / (2.0 + q), s2 = s * s;
   double series = 2.0 / (2 * terms + 1);
+#if defined(__CUDA_ARCH__)
+#pragma unroll
+#else
 #pragma GCC unroll 32
+#endif
   for (int k = terms - 1; k >= 1; --k) series = series * s2 + 2.0 / (2 * k + 1);
   const double half_square = 0.5 * q * q;
   return q - (half_square - s * (half_square + s2 * series));

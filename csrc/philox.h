@@ -1,5 +1,5 @@
-// Random signs that need no memory: element i has bit i mod 128 of Philox-4x32-10 at the counter i / 128 (Salmon et al.,
-// https://doi.org/10.1145/2063384.2063405). fastflow/ops/trace.py has the same in PyTorch.
+// Random signs that need no memory: element i has bit i mod 128 of Philox-4x32-10 at the counter i / 128 (Salmon et
+// al., https://doi.org/10.1145/2063384.2063405). fastflow/ops/trace.py has the same in PyTorch.
 #pragma once
 
 #include "math.h"

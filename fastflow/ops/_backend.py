@@ -113,7 +113,7 @@ def doubt(name: str, family: Family, tensor: Tensor) -> str | None:
     if key in _verdicts:
         return _verdicts[key]
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        return f"its self-test of {family.name} ({dtype}) has not run yet and cannot within a CUDA graph: run the call once"
+        return f"its self-test ({family.name}, {dtype}) cannot run within a CUDA graph: make the call once before"
     # the table of cases is above the ops; nothing else of it is known here
     from fastflow.testing.selftest import selftest
 

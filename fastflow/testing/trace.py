@@ -41,7 +41,10 @@ def _run(
     order: Tensor | None = None,
     **rest,
 ) -> tuple[Tensor, Tensor]:
-    """With a ``seed`` the kernels make the probes. With ``order`` the samples, variables and hidden units are permuted on the way in, and back on the way out."""
+    """With a ``seed`` the kernels make the probes.
+
+    With ``order`` the samples, variables and hidden units are permuted on the way in, and back on the way out.
+    """
     activation = rest.pop("activation")
     each, values = _PARAMETERS[layer], list(rest.values())
     layers = [values[i : i + each] for i in range(0, len(values), each)]

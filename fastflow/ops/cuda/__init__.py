@@ -1,17 +1,61 @@
-"""To be written."""
+"""CUDA kernels: the sources in ``csrc/cuda``, compiled for the GPU at hand and launched on torch's current stream.
+
+A call goes from the kernel's function in one file per family here, which decides on the instance and the grid
+(:mod:`fastflow.ops.cuda.plan`), to :mod:`fastflow.ops.cuda.load`, which compiles and launches.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from torch import Tensor
+
+from fastflow.ops.cpu import DTYPES, PLAIN
+from fastflow.ops.cuda import load, source
+
+FAMILIES = ("coupling",)
+
+_kernels: dict[str, Callable[..., None]] = {}
 
 
-def unavailable():
-    return "to be written"
+def unavailable() -> str | None:
+    """Why CUDA kernels cannot run on this machine; None if they can."""
+    return load.driver().unavailable()
 
 
-def refuses(tensors):
+def description() -> str:
+    """What compiles and launches."""
+    return load.driver().description()
+
+
+def refuses(tensors: Iterable[Tensor | None]) -> str | None:
+    """Why the kernels cannot serve these tensors; None if they can."""
+    device = None
+    for tensor in tensors:
+        if tensor is None:
+            continue
+        if tensor.device.type != load.driver().device_type:
+            return f"a tensor is on {tensor.device}"
+        if device not in (None, tensor.device):
+            return f"the tensors are on {device} and {tensor.device}"
+        device = tensor.device
+        if tensor.dtype not in DTYPES:
+            return f"a tensor has dtype {tensor.dtype}"
+        if type(tensor) not in PLAIN:
+            return f"a tensor is a {type(tensor).__name__}"
     return None
 
 
-def kernel(name):
-    raise RuntimeError("to be written")
+def kernel(name: str) -> Callable[..., None]:
+    """The function that launches ``name``."""
+    if not _kernels:
+        for family in FAMILIES:
+            _kernels.update(importlib.import_module(f"fastflow.ops.cuda.{family}").KERNELS)
+    return _kernels[name]
 
 
-def fingerprint():
-    return ""
+def fingerprint() -> str:
+    """Names the sources and what compiles them."""
+    return f"{source.fingerprint()} {load.driver().description()}"
