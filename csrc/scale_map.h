@@ -9,7 +9,7 @@ namespace fastflow {
 enum MapKind { kNone, kExp, kSigmoid, kSoftplus, kTanh, kLinearTanh, kAtan, kSoftClip, kSigmoidEps };
 
 // a sigmoid with eps = 0 has an exact logarithm, so it is a kind of its own
-inline int resolve(int kind, double eps) { return kind == kSigmoid && eps != 0 ? int(kSigmoidEps) : kind; }
+FF_HD int resolve(int kind, double eps) { return kind == kSigmoid && eps != 0 ? int(kSigmoidEps) : kind; }
 
 // v = gain * h + offset is what a map sees
 template <class T>
@@ -68,7 +68,7 @@ FF_HD ScaleSlope<T> scale_slope(T h, T amplitude, const MapConstants<T>& c) {
 }
 
 // Maps whose reciprocal takes a division: a loop over them fixes the sign first.
-constexpr bool divides(int kind) {
+FF_HD constexpr bool divides(int kind) {
   return kind == kSigmoid || kind == kSigmoidEps || kind == kSoftplus || kind == kLinearTanh;
 }
 
