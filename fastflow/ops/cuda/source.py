@@ -89,15 +89,21 @@ _TYPES = [(s, s, s) for s in C_TYPES.values()] + [("float", s, s) for s in ("BFl
 _BYTES = {"float": 4, "double": 8, "BFloat16": 2, "Half": 2}
 
 
-def elementwise(file: str, kernels: dict[str, str], types: int) -> list[Instance]:
+def elementwise(file: str, kernels: dict[str, str], types: int, general: bool = False) -> list[Instance]:
     """The usual instances of ``{kernel: arguments}``: every combination of ``types`` types, in single and wide steps.
+
+    With ``general`` the kernels take that parameter too, and have an instance where it is set.
 
     What an install compiles ahead and the resource table lists; any other is compiled when it is met.
     """
     combinations = dict.fromkeys(t[:types] for t in _TYPES)
     return [
-        Instance(file, kernel, arguments, (*t, str(step)))
+        Instance(file, kernel, arguments, (*t, *rest))
         for kernel, arguments in kernels.items()
         for t in combinations
-        for step in (1, 16 // max(_BYTES[s] for s in t))
+        for rest in _steps(16 // max(_BYTES[s] for s in t), general)
     ]
+
+
+def _steps(wide: int, general: bool) -> list[tuple[str, ...]]:
+    return [("1", "0"), (str(wide), "0"), ("1", "1")] if general else [("1",), (str(wide),)]
