@@ -60,8 +60,8 @@ def _step(*tensors: Tensor | None) -> int:
 
 
 def _activation(kernel: str, arguments: str, rows: Tensor, step: int, fields: list[Field]) -> Plan:
-    threads = -(-rows.shape[0] * rows.shape[2] // step)
-    return Plan([Launch(Instance("trace", kernel, arguments, (accumulates(rows), str(step))), -(-threads // THREADS), fields)])  # fmt: skip
+    blocks = -(-rows.shape[0] * rows.shape[2] // (step * THREADS))
+    return Plan([Launch(Instance("trace", kernel, arguments, (accumulates(rows), str(step))), blocks, fields)])
 
 
 @planned
