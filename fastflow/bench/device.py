@@ -61,8 +61,8 @@ def measure(path: Path, device: str, seconds: float, only: str = "") -> dict[str
         result["running"] = None
         _write(path, result)
         _clean(device)
-    _profile(planned, result, device, end)
     _write(path, result)
+    _profile(path, planned, result, device, end)
     return result
 
 
@@ -102,14 +102,17 @@ def _clean(device: str) -> None:
         sys.exit(BROKEN)
 
 
-def _profile(planned: list[Row], result: dict[str, Any], device: str, end: float) -> None:
+def _profile(path: Path, planned: list[Row], result: dict[str, Any], device: str, end: float) -> None:
     """For every row below a target: where its time goes. Last of all, because a profiler slows what comes after it."""
     byid = {row.id: row for row in planned}
     for record in result["rows"]:
         row = byid.get(f"{record['family']}: {record['name']}")
-        missed = [n for n, wanted in record["targets"].items() if (got := reached(record, n)) is None or got < wanted]
+        targets = [(reached(record, name), wanted) for name, wanted in record["targets"].items()]
+        missed = any(got is not None and got < wanted for got, wanted in targets)
         if row is None or not missed or "profile" in record or end - time.monotonic() < 5:
             continue
+        record["profile"] = {"unavailable": "the process died"}
+        _write(path, result)
         try:
             with torch.device(device):
                 call = row.make()["fastflow"]
@@ -118,6 +121,7 @@ def _profile(planned: list[Row], result: dict[str, Any], device: str, end: float
             record["profile"] = top_kernels(call, device)
         except Exception as error:
             record["profile"] = {"unavailable": f"{type(error).__name__}: {error}"[:300]}
+        _write(path, result)
         _clean(device)
 
 

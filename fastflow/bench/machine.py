@@ -18,13 +18,14 @@ __all__ = ["commit", "describe", "limits"]
 MEGABYTES_64 = 1 << 24  # float32 values
 
 
-def limits(device: str = "cpu", size: int = 4 << 30) -> dict[str, float]:
-    """What no program on this device can pass; on a GPU the copy is of ``size`` bytes."""
-    return _cpu_limits() if device == "cpu" else _gpu_limits(device, size)
+def limits(device: str = "cpu") -> dict[str, float]:
+    """What no program on this device can pass."""
+    return _cpu_limits() if device == "cpu" else _gpu_limits(device)
 
 
-def _gpu_limits(device: str, size: int) -> dict[str, float]:
-    """Bytes per second of a.copy_(b), read and written; flops of a large GEMM in float32, without TensorFloat-32."""
+def _gpu_limits(device: str) -> dict[str, float]:
+    """Bytes per second of a.copy_(b) of 4 GB, read and written; flops of a GEMM in float32, without TensorFloat-32."""
+    size = min(4 << 30, torch.cuda.get_device_properties(device).total_memory // 8)
     a, b = (torch.ones(size // 4, device=device) for _ in range(2))
     n = 8192
     x, y, z = (torch.randn(n, n, device=device) for _ in range(3))
