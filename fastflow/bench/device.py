@@ -45,10 +45,9 @@ def measure(path: Path, device: str, seconds: float, only: str = "") -> dict[str
     if result["running"]:  # a process before this one ended in it
         result["failed"].setdefault(result["running"], "the process died")
         result["running"] = None
-    done = {f"{row['family']}: {row['name']}" for row in result["rows"]} | set(result["failed"])
-    for row in (row for row in planned if row.id not in done):
-        if end - time.monotonic() < row.seconds:
-            result["left_out"].append(row.id)
+    result["planned"] = [row.id for row in planned]
+    for row in planned:
+        if row.id in _done(result) or end - time.monotonic() < row.seconds:
             continue
         result["running"] = row.id
         _write(path, result)
@@ -68,18 +67,22 @@ def measure(path: Path, device: str, seconds: float, only: str = "") -> dict[str
 
 def _begin(path: Path, device: str) -> dict[str, Any]:
     if path.is_file():
-        return json.loads(path.read_text()) | {"left_out": []}
+        return json.loads(path.read_text())
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "commit": machine.commit(),
         "device": device,
         "machine": machine.describe(device),
         "limits": machine.limits(device),
+        "planned": [],
         "rows": [],
         "failed": {},
-        "left_out": [],
         "running": None,
     }
+
+
+def _done(result: dict[str, Any]) -> set[str]:
+    return {f"{row['family']}: {row['name']}" for row in result["rows"]} | set(result["failed"])
 
 
 def _row(row: Row, device: str, limits: dict[str, float]) -> dict[str, Any]:
@@ -97,6 +100,7 @@ def _clean(device: str) -> None:
     try:
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
+        torch.randn(1, device=device)  # a capture that failed may leave the generator in it
     except RuntimeError as error:
         print(f"the GPU does not answer: {str(error).splitlines()[0]}", file=sys.stderr)
         sys.exit(BROKEN)
@@ -109,7 +113,7 @@ def _profile(path: Path, planned: list[Row], result: dict[str, Any], device: str
         row = byid.get(f"{record['family']}: {record['name']}")
         targets = [(reached(record, name), wanted) for name, wanted in record["targets"].items()]
         missed = any(got is not None and got < wanted for got, wanted in targets)
-        if row is None or not missed or "profile" in record or end - time.monotonic() < 5:
+        if row is None or not missed or "profile" in record or end - time.monotonic() < 10:
             continue
         record["profile"] = {"unavailable": "the process died"}
         _write(path, result)
@@ -126,6 +130,7 @@ def _profile(path: Path, planned: list[Row], result: dict[str, Any], device: str
 
 
 def _write(path: Path, result: dict[str, Any]) -> None:
+    result["left_out"] = [id for id in result["planned"] if id not in _done(result)]
     part = path.with_suffix(".part")
     part.write_text(json.dumps(result, indent=1) + "\n")
     part.replace(path)

@@ -71,11 +71,15 @@ def _on_gpu(shape: dict[str, Any], batch: int, task: Callable[..., Any], graph: 
         return made
 
     with torch.no_grad():
-        torch.testing.assert_close(model.log_prob(x), plain().log_prob(x), rtol=1e-3, atol=1e-3)
+        # convolutions in TensorFloat-32; another model would be off by hundreds of nats
+        torch.testing.assert_close(model.log_prob(x), plain().log_prob(x), rtol=5e-3, atol=1.0)
     step, eager = task(model, batch, bf16=True), task(plain(), batch, bf16=True)
-    if graph:
-        return {"fastflow": captured(step), "eager": eager, "eager graph": captured(task(plain(), batch, bf16=True))}
-    return {"fastflow": step, "eager": eager, "torch.compile": task(plain().compiled(), batch, bf16=True)}
+    if not graph:
+        return {"fastflow": step, "eager": eager, "torch.compile": task(plain().compiled(), batch, bf16=True)}
+    made = {"fastflow": captured(step), "eager": eager}
+    if task is _step:  # torch.inverse, in sampling, waits for its result: it cannot be captured
+        made["eager graph"] = captured(task(plain(), batch, bf16=True))
+    return made
 
 
 def _step(model: nn.Module, batch: int, wrap: Callable = lambda f: f, bf16: bool = False) -> Callable[[], Tensor]:
@@ -122,6 +126,8 @@ def gpu_rows(size: int) -> Iterator[Row]:
         (True, " as a CUDA graph", {"eager": 5.0}, 20.0),
         (False, "", {"eager": 3.0, "torch.compile": 1.5}, 80.0),
     ):
+        if graph and not torch.cuda.is_available():
+            continue
         for task, what in ((_step, "training step"), (_sample, "sampling")):
             make, id = partial(_on_gpu, shape, batch, task, graph), f"{what} {name}{how}"
             yield Row("glow", id, make, targets=targets, comparable=False, seconds=seconds)

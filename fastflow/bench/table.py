@@ -51,7 +51,7 @@ def _rows(result: dict[str, Any], before: dict[str, Any] | None) -> list[list[st
             _id(row),
             _time(ours["seconds"]),
             f"{ours['spread']:.0%}",
-            *[f"{row['bytes'] / ours['seconds'] / 1e9:.0f}" if row["bytes"] else ""] * gpu,
+            *[f"{row['bytes'] / ours['seconds'] / 1e9:.0f}" if row.get("bytes") else ""] * gpu,
             f"{row['floor'] / ours['seconds']:.0%}" if row["floor"] else "",
             *(f"{others[n]['seconds'] / ours['seconds']:.2f}" if n in others else "" for n in rivals),
             " / ".join(_size(c["memory"]) for n, c in others.items() if n not in NOT_IN_MEMORY),

@@ -37,8 +37,10 @@ def selftest(backend: str, family: str, device: torch.device, dtype: torch.dtype
         if not case.selftest or dtype not in case.dtypes:
             continue
         try:
+            # whatever the caller's modes and default device are
             with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
-                check_selftest(case, backend, dtype, str(device))
+                with torch.device("cpu"):
+                    check_selftest(case, backend, dtype, str(device))
         except Exception as error:  # a kernel that does not compile or launch is as wrong as one that miscalculates
             return f"its self-test failed: {' '.join(f'{type(error).__name__}: {error}'.split())[:300]}"
     _remember(passed)
