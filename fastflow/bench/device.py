@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import gc
 import importlib
 import json
 import sys
@@ -97,6 +98,7 @@ def _clean(device: str) -> None:
     """Gives the memory back; ends the process where the GPU no longer answers it."""
     if device == "cpu":
         return
+    gc.collect()
     try:
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
