@@ -28,12 +28,9 @@ FF_D void copy_rest(const Rest& r, int64_t block) {
       p.i += p.i < r.start ? 0 : r.skip;
     else
       p.o += p.o < r.start ? 0 : r.skip;
-    const S* from = reinterpret_cast<const S*>(r.from.data) + p.offset(r.from);
-    S* to = reinterpret_cast<S*>(r.to.data) + p.offset(r.to);
-    if (V > 1 && r.from.wide && r.to.wide)
-      *reinterpret_cast<Words<S, V>*>(to) = *reinterpret_cast<const Words<S, V>*>(from);
-    else
-      for (int v = 0; v < V; ++v) to[v * r.to.inner] = from[v * r.from.inner];
+    Accumulator<S> values[V];  // wider than what is copied, so nothing is rounded
+    load<S>(r.from, p, values);
+    store<S>(r.to, p, values);
   }
 }
 

@@ -64,19 +64,10 @@ FF_HD int64_t quotient(int64_t a, int64_t b) { return (a | b) >> 32 ? a / b : in
 
 // --- memory -----------------------------------------------------------------------------------------
 
-// `count` elements that are read or written by accesses of at most 16 bytes
-template <class S, int count>
-struct alignas(count * sizeof(S) < 16 ? count * sizeof(S) : 16) Words {
-  S element[count];
-};
-
-template <>
-struct alignas(16) Words<BFloat16, 8> {
-  uint32_t word[4];
-};
-template <>
-struct alignas(16) Words<Half, 8> {
-  uint32_t word[4];
+// what one access moves: 4, 8 or 16 bytes; more are several of 16
+template <int bytes>
+struct alignas(bytes < 16 ? bytes : 16) Words {
+  uint32_t word[bytes / 4];
 };
 
 // A tensor as [samples, outer, inner]; strides in elements. No data stands for zeros.
@@ -90,31 +81,37 @@ struct Operand {
 // V elements of stride `step`, V at once where they lie so
 template <int V, class S, class T>
 FF_HD void load(const S* from, bool wide, int64_t step, T (&to)[V]) {
-  if (V > 1 && wide) {
-    S part[V];
-    const auto words = *reinterpret_cast<const Words<S, V>*>(from);
-    FF_MEMCPY(part, &words, sizeof(words));
+  if constexpr (V > 1) {
+    if (wide) {
+      using Access = Words<V* int(sizeof(S))>;
+      S part[V];
+      const Access words = *reinterpret_cast<const Access*>(from);
+      FF_MEMCPY(part, &words, sizeof(words));
 #pragma unroll
-    for (int v = 0; v < V; ++v) to[v] = T(widen(part[v]));
-  } else {
-#pragma unroll
-    for (int v = 0; v < V; ++v) to[v] = T(widen(from[v * step]));
+      for (int v = 0; v < V; ++v) to[v] = T(widen(part[v]));
+      return;
+    }
   }
+#pragma unroll
+  for (int v = 0; v < V; ++v) to[v] = T(widen(from[v * step]));
 }
 
 template <int V, class S, class T>
 FF_HD void store(S* to, bool wide, int64_t step, const T (&from)[V]) {
-  if (V > 1 && wide) {
-    S part[V];
+  if constexpr (V > 1) {
+    if (wide) {
+      using Access = Words<V* int(sizeof(S))>;
+      S part[V];
+      Access words;
 #pragma unroll
-    for (int v = 0; v < V; ++v) narrow(from[v], part[v]);
-    Words<S, V> words;
-    FF_MEMCPY(&words, part, sizeof(words));
-    *reinterpret_cast<Words<S, V>*>(to) = words;
-  } else {
-#pragma unroll
-    for (int v = 0; v < V; ++v) narrow(from[v], to[v * step]);
+      for (int v = 0; v < V; ++v) narrow(from[v], part[v]);
+      FF_MEMCPY(&words, part, sizeof(words));
+      *reinterpret_cast<Access*>(to) = words;
+      return;
+    }
   }
+#pragma unroll
+  for (int v = 0; v < V; ++v) narrow(from[v], to[v * step]);
 }
 
 // --- reductions -------------------------------------------------------------------------------------

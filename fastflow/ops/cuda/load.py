@@ -6,6 +6,7 @@ seconds that CuPy's cache on disk saves the next time.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import sys
 import time
@@ -19,7 +20,7 @@ from fastflow.ops.cuda.source import Instance
 
 __all__ = ["Driver", "driver", "use_driver"]
 
-OPTIONS = ("-std=c++17", "--device-as-default-execution-space")  # the latter for generic lambdas
+OPTIONS = ("-std=c++17",)  # CuPy adds --device-as-default-execution-space, which generic lambdas need
 
 
 class Driver(Protocol):
@@ -34,14 +35,22 @@ class Driver(Protocol):
     def launch(self, instance: Instance, device: torch.device, blocks: int, shared: int, arguments: bytes) -> None: ...
 
 
+@dataclasses.dataclass
+class Loaded:
+    """A function of CuPy, and how much dynamic shared memory it may have: this much without asking."""
+
+    function: Any
+    shared: int = 48 * 1024
+
+
 class CuPy:
     """The GPU's driver through CuPy."""
 
     device_type = "cuda"
 
     def __init__(self) -> None:
-        self._functions: dict[tuple[Instance, int], Any] = {}
-        self._streams: dict[int, Any] = {}
+        self._loaded: dict[tuple[Instance, int], Loaded] = {}
+        self._streams: dict[tuple[int, int], Any] = {}
 
     @functools.cached_property
     def _state(self) -> tuple[types.ModuleType | None, str]:
@@ -68,25 +77,33 @@ class CuPy:
         return self._state[1]
 
     def launch(self, instance: Instance, device: torch.device, blocks: int, shared: int, arguments: bytes) -> None:
-        if device.index != torch.cuda.current_device():
-            with torch.cuda.device(device):
-                return self.launch(instance, device, blocks, shared, arguments)
-        function = self._functions.get((instance, device.index)) or self._load(instance, device.index, shared)
+        if torch.cuda.device_count() == 1:
+            return self._launch(instance, device, blocks, shared, arguments)
+        # CuPy may have a runtime of its own, with a current device of its own
+        with torch.cuda.device(device), self._state[0].cuda.Device(device.index):
+            self._launch(instance, device, blocks, shared, arguments)
+
+    def _launch(self, instance: Instance, device: torch.device, blocks: int, shared: int, arguments: bytes) -> None:
+        loaded = self._loaded.get((instance, device.index))
+        if loaded is None:
+            loaded = self._loaded[instance, device.index] = Loaded(self._load(instance))
+        if shared > loaded.shared:
+            loaded.function.max_dynamic_shared_size_bytes = loaded.shared = shared
         cupy, numpy = self._state[0], sys.modules["numpy"]
         pointer = torch.cuda.current_stream(device).cuda_stream
-        stream = self._streams.get(pointer)
+        stream = self._streams.get((pointer, device.index))
         if stream is None:
-            stream = self._streams[pointer] = cupy.cuda.ExternalStream(pointer, device.index)
+            stream = self._streams[pointer, device.index] = cupy.cuda.ExternalStream(pointer, device.index)
         packed = numpy.frombuffer(arguments, dtype=f"V{len(arguments)}")  # one element: it is passed by value
-        function((blocks,), (instance.threads,), (packed,), shared_mem=shared, stream=stream)
+        loaded.function((blocks,), (instance.threads,), (packed,), shared_mem=shared, stream=stream)
 
-    def _load(self, instance: Instance, device: int, shared: int) -> Any:
+    def _load(self, instance: Instance) -> Any:
         """The function, compiled where no binary of it was installed."""
-        function = self._installed(instance) or self._compile(instance)
-        if shared > 48 * 1024:  # more than any kernel gets without asking
-            function.max_dynamic_shared_size_bytes = shared
-        self._functions[instance, device] = function
-        return function
+        if torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                f"{instance.name} is used for the first time within a CUDA graph: make the call once before"
+            )
+        return self._installed(instance) or self._compile(instance)
 
     def _installed(self, instance: Instance) -> Any | None:
         path = source.binary(instance.file)
