@@ -1,8 +1,8 @@
 """How far inverse(forward(x)) is from x, by dtype and depth: ``python -m fastflow.bench.roundtrip``.
 
 K steps of Glow (ActNorm, LU 1x1 convolution, affine coupling with a random network) on [64, 12, 8, 8]. In every dtype
-the arithmetic of fastflow's ops is float32 (float64 for float64); what differs is how x is stored between the layers, and
-what the network computes in.
+the arithmetic of fastflow's ops is float32 (float64 for float64); what differs is how x is stored between the layers,
+and what the network computes in.
 """
 
 from __future__ import annotations
