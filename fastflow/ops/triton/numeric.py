@@ -56,7 +56,7 @@ def expm1(x):
         small = tl.abs(x) < 1.0
         u = tl.exp(x)
         near = small & (u != 1.0)
-        fixed = (u - 1.0) * (x / tl.log(tl.where(near, u, 2.0)))
+        fixed = (u - 1.0) * (x / log(tl.where(near, u, 2.0)))
         y = tl.where(near, fixed, tl.where(small, x, u - 1.0))
     else:
         small = tl.abs(x) < 0.34
@@ -65,11 +65,43 @@ def expm1(x):
 
 
 @triton.jit
+def log(x):
+    """ln x; in float32 for normal x, 0, inf and NaN, and NaN below 0."""
+    if x.dtype == tl.float64:
+        y = tl.log(x)
+    else:
+        # x = 2^k m with m in [sqrt(1/2), sqrt(2)), ln m = 2 artanh s with s = f / (2 + f), f = m - 1
+        bits = x.to(tl.int32, bitcast=True) - 0x3F3504F3
+        m = ((bits & 0x7FFFFF) + 0x3F3504F3).to(tl.float32, bitcast=True)
+        n = (bits >> 23).to(tl.float32)
+        f = m - 1.0
+        s = tl.div_rn(f, 2.0 + f)
+        z = s * s
+        tail = z * (0.66666662693 + z * (0.40000972152 + z * (0.28498786688 + z * 0.24279078841)))
+        half = 0.5 * f * f
+        y = n * 0.693359375 - ((half - (s * (half + tail) + n * -2.12194440e-4)) - f)
+        y = tl.where((x > 0.0) & (x < float("inf")), y, tl.where(x == 0.0, float("-inf"), x))
+        y = tl.where(x < 0.0, float("nan"), y)
+    return y
+
+
+@triton.jit
 def log1p_unit(q):
-    """ln(1 + q) on 0 <= q <= 1: the rounding of u = 1 + q cancels in log u / (u - 1)."""
-    u = 1.0 + q
-    apart = u != 1.0
-    return tl.where(apart, tl.log(u) * divide(q, tl.where(apart, u - 1.0, 1.0)), q)
+    """ln(1 + q) on 0 <= q <= 1."""
+    if q.dtype == tl.float64:
+        u = 1.0 + q  # its rounding cancels in log u / (u - 1)
+        apart = u != 1.0
+        y = tl.where(apart, log(u) * (q / tl.where(apart, u - 1.0, 1.0)), q)
+    else:
+        p = -4.420736338943243e-3 * q + 2.524702996015549e-2
+        p = p * q - 6.722103059291840e-2
+        p = p * q + 1.164807081222534e-1
+        p = p * q - 1.591715216636658e-1
+        p = p * q + 1.988158524036407e-1
+        p = p * q - 2.499143630266190e-1
+        p = p * q + 3.333312571048737e-1
+        y = q - q * q * (0.5 - q * p)
+    return y
 
 
 @triton.jit

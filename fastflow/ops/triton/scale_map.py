@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from fastflow.ops.scale_map import KINDS
-from fastflow.ops.triton.numeric import atan, divide, exp, logistic, tanh
+from fastflow.ops.triton.numeric import atan, divide, exp, log, logistic, tanh
 
 # KINDS in their order; a sigmoid with eps = 0 has an exact logarithm, so the other one is a kind of its own
 NONE, EXP, SIGMOID, SOFTPLUS, TANH, LINEAR_TANH, ATAN, SOFT_CLIP, SIGMOID_EPS = map(tl.constexpr, range(len(KINDS) + 1))
@@ -48,7 +48,7 @@ def scale_slope(h, learned, KIND: tl.constexpr, CONSTANTS: tl.constexpr):
     elif KIND == SIGMOID_EPS:
         sigmoid, complement, softplus, q = logistic(v)
         s = amplitude * sigmoid + eps
-        log_s = tl.log(s)
+        log_s = log(s)
         slope = divide(amplitude * sigmoid * complement, s)
     elif KIND == SOFTPLUS:
         sigmoid, complement, softplus, q = logistic(v)
@@ -57,10 +57,10 @@ def scale_slope(h, learned, KIND: tl.constexpr, CONSTANTS: tl.constexpr):
         s = tl.where(clamped, tl.full((), maximum, h.dtype), unclamped)
         if eps == 0.0:  # softplus(v) = e^v (1 - e^v / 2 + ...) where it would underflow
             tail = v < -15.0
-            log_s = tl.where(tail, v - 0.5 * q, tl.log(tl.where(tail, 1.0, s)))
+            log_s = tl.where(tail, v - 0.5 * q, log(tl.where(tail, 1.0, s)))
             slope = tl.where(tail, 1.0 - 0.5 * q, divide(sigmoid, tl.where(tail, 1.0, s)))
         else:
-            log_s = tl.log(s)
+            log_s = log(s)
             slope = divide(sigmoid, s)
         slope = tl.where(clamped, 0.0, slope)
     elif KIND == TANH:
@@ -71,7 +71,7 @@ def scale_slope(h, learned, KIND: tl.constexpr, CONSTANTS: tl.constexpr):
     elif KIND == LINEAR_TANH:
         t = tanh(v)
         s = 1.0 + amplitude * t
-        log_s = tl.log(s)
+        log_s = log(s)
         slope = divide(amplitude * (1.0 - t * t), s)
     elif KIND == ATAN:
         log_s = amplitude * atan(v)
