@@ -9,7 +9,7 @@ from torch import Tensor
 from fastflow.ops._layout import Layout, layout
 from fastflow.ops.triton.numeric import exp
 from fastflow.ops.triton.rows import WARPS, launch
-from fastflow.ops.triton.tiles import PARTIALS, load, size, store, strides, sum_partials, tile
+from fastflow.ops.triton.tiles import PARTIALS, load, size, store, strides, sum_positions, tile
 
 TILE = 2048
 
@@ -37,9 +37,9 @@ def _forward(
     store(y, y_at, b, s, c, valid, value * scale - shift if INVERSE else (value + shift) * scale)
     if block == 0:  # the program with a sample's first position knows its log-determinant
         every = tl.arange(0, ALL)
-        total = tl.sum(_per_channel(log_scale, a_step, every, every < channels, tl.float64), axis=0)
+        total = tl.sum(GAIN * _per_channel(log_scale, a_step, every, every < channels, tl.float64), axis=0)
         first = (s == 0) & (b * positions < count)
-        result = tl.zeros_like(b).to(tl.float64) + GAIN * total * positions
+        result = tl.zeros_like(b).to(tl.float64) + total * positions
         if running is not None:
             result += tl.load(running + b.to(tl.int64) * r_step, mask=first, other=0.0).to(tl.float64)
         tl.store(logdet + b, result.to(T), mask=first)
@@ -55,21 +55,20 @@ def _backward(
     across = tl.cdiv(channels, C)
     block = tl.program_id(0) % across
     program = tl.program_id(0) // across
+    if WIDE:
+        program = program.to(tl.int64)
     c = block * C + tl.arange(0, C)
     scale = exp(GAIN * _per_channel(log_scale, a_step, c, c < channels, T))
     shift = tl.zeros_like(scale) if INVERSE else _per_channel(bias, b_step, c, c < channels, T)
     sums = tl.zeros([C], T)
     products = tl.zeros([C], T)
     for k in range(program * tiles, (program + 1) * tiles):
-        start = k * P
-        if WIDE:
-            start = start.to(tl.int64) if False else tl.full((), P, tl.int64) * k
-        b, s, channel, valid = tile(start, count, positions, channels, block * C, P, C, WIDE)
+        b, s, channel, valid = tile(k * P, count, positions, channels, block * C, P, C, WIDE)
         g = load(gy, gy_at, b, s, channel, valid, T)
         value = load(x, x_at, b, s, channel, valid, T) + shift[None, :]
         store(gx, gx_at, b, s, channel, valid, g * scale[None, :])
-        sums += tl.sum(g, axis=0)
-        products += tl.sum(g * value, axis=0)
+        sums += sum_positions(g, P, C)
+        products += sum_positions(g * value, P, C)
     row = program.to(tl.int64) * 2 * channels
     tl.store(partials + row + c, sums, mask=c < channels)
     tl.store(partials + row + channels + c, products, mask=c < channels)
