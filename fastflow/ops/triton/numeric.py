@@ -21,14 +21,14 @@ def divide(a, b):
 
 
 @triton.jit
-def _expm1_reduced(r):
-    """e^r - 1 on |r| <= ln 2 / 2, in float32."""
+def _expm1_tail(r):
+    """e^r - 1 - r on |r| <= ln 2 / 2, in float32."""
     p = 1.9875691500e-4 * r + 1.3981999507e-3
     p = p * r + 8.3334519073e-3
     p = p * r + 4.1665795894e-2
     p = p * r + 1.6666665459e-1
     p = p * r + 5.0000001201e-1
-    return (p * r) * r + r
+    return (p * r) * r
 
 
 @triton.jit
@@ -41,8 +41,10 @@ def exp(x):
         v = tl.where(v > 88.72283, 88.72283, v)
         n = (v * 1.44269504088896340736 + 12582912.0) - 12582912.0  # adding 1.5 * 2^23 rounds to an integer
         r = (v - n * 0.693359375) - n * -2.12194440e-4
+        near = 1.0 + r
+        y = near + ((r - (near - 1.0)) + _expm1_tail(r))
         power = ((n.to(tl.int32) + 126) << 23).to(tl.float32, bitcast=True)  # 2^(n - 1): n may be 128
-        y = (2.0 * (_expm1_reduced(r) + 1.0)) * power
+        y = (2.0 * y) * power
         y = tl.where(x < -86.64, 0.0, y)
         y = tl.where(x > 88.72283, float("inf"), y)
     return y
@@ -60,7 +62,7 @@ def expm1(x):
         y = tl.where(near, fixed, tl.where(small, x, u - 1.0))
     else:
         small = tl.abs(x) < 0.34
-        y = tl.where(small, _expm1_reduced(tl.where(small, x, 0.0)), exp(x) - 1.0)
+        y = tl.where(small, x + _expm1_tail(tl.where(small, x, 0.0)), exp(x) - 1.0)
     return y
 
 

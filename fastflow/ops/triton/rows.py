@@ -160,22 +160,16 @@ def add_up(
 ):  # fmt: skip
     """Sums a tile to its samples: to what is asked for, or to a part's sum where there are several."""
     batch, elements, inner, parts = shape
-    total = tl.sum(tl.where(mask, value, 0.0), axis=1)
+    # in float64: kernels that wait for memory have the time, and no order of summation is then better than another
+    total = tl.sum(tl.where(mask, value, 0.0).to(tl.float64), axis=1)
     program = tl.program_id(0)
     sample = (program // parts).to(tl.int64) * SAMPLES + tl.arange(0, SAMPLES)
     exists = sample < batch
     if SINGLE:
-        total = complete(total, sample, exists, start, step, elements, SIGN, EACH)
-    tl.store(sums + sample * parts + program % parts, total, mask=exists)
-
-
-@triton.jit
-def complete(total, sample, exists, start, step, elements, SIGN: tl.constexpr, EACH: tl.constexpr):
-    """start + SIGN total + EACH elements, rounded once."""
-    full = SIGN * total.to(tl.float64) + EACH * (tl.zeros_like(total) + elements).to(tl.float64)
-    if start is not None:
-        full += tl.load(start + sample * step, mask=exists, other=0.0).to(tl.float64)
-    return full.to(total.dtype)
+        total = SIGN * total + EACH * (tl.zeros_like(total) + elements)
+        if start is not None:
+            total += tl.load(start + sample * step, mask=exists, other=0.0).to(tl.float64)
+    tl.store(sums + sample * parts + program % parts, total.to(sums.dtype.element_ty), mask=exists)
 
 
 @triton.jit
