@@ -36,23 +36,31 @@ _HOME = {kernel: family for family, kernels in _FAMILIES.items() for kernel in k
 _kernels: dict[str, Callable[..., Any]] = {}
 
 
-@functools.cache
+def _installed() -> tuple[str, str | None]:
+    """(the version of Triton, why it cannot be used), without importing it."""
+    for package in ("triton", "pytorch-triton"):
+        try:
+            version = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+        old = tuple(int(n) for n in version.split(".")[:2]) < OLDEST
+        return version, f"triton {version} is older than {'.'.join(map(str, OLDEST))}" if old else None
+    return "", "triton is not installed"
+
+
+_version, _reason = _installed()
+_interpreting = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
+_cuda: bool | None = None
+
+
 def unavailable() -> str | None:
     """Why the Triton kernels cannot run on this machine; None if they can."""
-    try:
-        version = importlib.metadata.version("triton")
-    except importlib.metadata.PackageNotFoundError:
-        return "triton is not installed"
-    if tuple(int(n) for n in version.split(".")[:2]) < OLDEST:
-        return f"triton {version} is older than {'.'.join(map(str, OLDEST))}"
-    if not _interpreting() and not torch.cuda.is_available():
-        return "torch sees no CUDA device, and TRITON_INTERPRET=1 is not set"
-    return None
-
-
-@functools.cache
-def _interpreting() -> bool:
-    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
+    global _cuda
+    if _reason is not None or _interpreting:
+        return _reason
+    if _cuda is None:  # asked late: it starts the driver
+        _cuda = torch.cuda.is_available()
+    return None if _cuda else "torch sees no CUDA device, and TRITON_INTERPRET=1 is not set"
 
 
 def refuses(tensors: Iterable[Tensor | None]) -> str | None:
@@ -60,7 +68,7 @@ def refuses(tensors: Iterable[Tensor | None]) -> str | None:
     for tensor in tensors:
         if tensor is None:
             continue
-        if tensor.device.type != "cuda" and not (tensor.device.type == "cpu" and _interpreting()):
+        if tensor.device.type != "cuda" and not (tensor.device.type == "cpu" and _interpreting):
             return f"a tensor is on {tensor.device}"
         if tensor.dtype not in DTYPES:
             return f"a tensor has dtype {tensor.dtype}"
@@ -85,4 +93,4 @@ def fingerprint() -> str:
     digest = hashlib.sha256()
     for source in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(source.read_bytes())
-    return f"triton {importlib.metadata.version('triton')} {digest.hexdigest()} {_interpreting()}"
+    return f"triton {_version} {'interpreted ' if _interpreting else ''}{digest.hexdigest()}"

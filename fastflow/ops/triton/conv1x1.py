@@ -125,6 +125,7 @@ def conv1x1_bwd(
     of_x = layout(x)
     (count, positions, channels), large = size(of_x)
     p, c = _tiling(count, channels)
+    p = min(p, 64)  # longer sums gy^T x do not fit into registers
     tiles = -(-count // p)
     each = -(-tiles // PARTIALS) or 1
     parts = -(-tiles // each)
@@ -133,7 +134,7 @@ def conv1x1_bwd(
     launch(
         _backward, parts, x,
         x, strides(of_x), weight, weight.stride(), gy, strides(layout(gy)), gx, strides(layout(gx)), gweights, gbiases,
-        count, positions, channels, each, P=p, C=c, WIDE=large, warps=4,
+        count, positions, channels, each, P=p, C=c, WIDE=large,
     )  # fmt: skip
     sum_partials(gweights, gweight)
     sum_partials(gbiases, gbias)

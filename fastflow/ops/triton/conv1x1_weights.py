@@ -23,7 +23,7 @@ def _substitute(
     factor, f_at, diagonal, y, y_at, n, blocks,
     LOWER: tl.constexpr, SOLVE: tl.constexpr, UNIT: tl.constexpr, C: tl.constexpr, W: tl.constexpr,
 ):  # fmt: skip
-    """W columns of y become F y or F^-1 y, in place. Row after row: each is final before (or used before) it changes."""
+    """W columns of y become F y or F^-1 y, in place: a row is used before it changes, or once it is final."""
     layer = (tl.program_id(0) // blocks).to(tl.int64)
     column = tl.program_id(0) % blocks * W + tl.arange(0, W)[None, :]
     row = tl.arange(0, C)[:, None]

@@ -168,8 +168,8 @@ def _constants(plan: _Plan, walk: Walk, t: Layout, amplitude: Tensor | None) -> 
     kind, constants = resolve(o.kind, o.constants)
     start, stop, parity, width = o.where
     part = plan.all and (start, stop) != (0, plan.channels)
-    per_channel = 1 if walk.channels_inner else layout_positions(walk)
-    where = (start * per_channel, stop * per_channel, width, plan.channels)
+    each = 1 if walk.channels_inner else walk.inner  # channels are counted along the inner index, or all elements
+    where = (start * each, stop * each, width, plan.channels)
     return where, {
         "KIND": kind,
         "CONSTANTS": constants,
@@ -182,10 +182,6 @@ def _constants(plan: _Plan, walk: Walk, t: Layout, amplitude: Tensor | None) -> 
         "FULL": plan.indexed and t.sizes[1] == plan.channels,
         "FULL_AMPLITUDE": plan.indexed and amplitude is not None and amplitude.shape[1] == plan.channels,
     }
-
-
-def layout_positions(walk: Walk) -> int:
-    return walk.inner
 
 
 def _walk(plan: _Plan, x: Layout, *others: Layout | None) -> Walk:
@@ -215,10 +211,10 @@ def coupling_fwd(
     of_a = None if amplitude is None else plan.parameters(layout(amplitude), of_x)
     walk = _walk(plan, of_x, of_y, of_t, of_h, of_a)
     where, constants = _constants(plan, walk, t, amplitude)
-    second = raw if raw is not None else None if o.kind == NONE.value else params
+    second = _second(params, raw, o.kind == NONE.value)
     run(
-        _forward, walk, x, walk.at(of_x), params, walk.at(of_t), second, walk.at(of_h), amplitude, walk.at(of_a),
-        index, y, walk.at(of_y), where, out=logdet, start=running, **constants,
+        _forward, walk, x, walk.at(of_x), params, walk.at(of_t), second, walk.at(of_h), amplitude, walk.at(of_a), index,
+        y, walk.at(of_y), where, out=logdet, start=running, **constants,
     )  # fmt: skip
 
 

@@ -1,6 +1,7 @@
 """Diagonal Gaussians in Triton: log-likelihood, tempered sample and KL divergence, each in one pass over its tensors.
 
-Mean and raw scale are read where the network wrote them. As csrc/gaussian.h: the energy of e = (z - m) / s is
+Mean and raw scale are read where the network wrote them (a kernel's argument must not be named params, which Triton's
+launcher uses itself). As csrc/gaussian.h: the energy of e = (z - m) / s is
 log s + e^2 / 2, so that log N(z; m, s) = -energy - log(2 pi) / 2.
 """
 
@@ -32,13 +33,13 @@ def _deviation(h, KIND: tl.constexpr, CONSTANTS: tl.constexpr, RECIPROCAL: tl.co
 
 
 @triton.jit
-def _moments(params, mean_at, raw, raw_at, b, o, i, valid, T: tl.constexpr):
+def _moments(means, mean_at, raw, raw_at, b, o, i, valid, T: tl.constexpr):
     """(mean, raw scale), both 0 where there are none: the map is then `none`"""
-    if params is None:
+    if means is None:
         mean = tl.where(valid, 0.0, 0.0).to(T)
         h = mean
     else:
-        mean = load(params, mean_at, b, o, i, valid, T)
+        mean = load(means, mean_at, b, o, i, valid, T)
         h = load(raw, raw_at, b, o, i, valid, T)
     return mean, h
 
@@ -54,13 +55,13 @@ def _number(bits, T: tl.constexpr):
 
 @triton.jit
 def _log_prob(
-    z, z_at, params, mean_at, raw, raw_at, sums, start, step, shape,
+    z, z_at, means, mean_at, raw, raw_at, sums, start, step, shape,
     KIND: tl.constexpr, CONSTANTS: tl.constexpr, RECIPROCAL: tl.constexpr, SAMPLES: tl.constexpr, BLOCK: tl.constexpr,
     FLAT: tl.constexpr, WIDE: tl.constexpr, SIGN: tl.constexpr, EACH: tl.constexpr, SINGLE: tl.constexpr,
 ):  # fmt: skip
     T: tl.constexpr = sums.dtype.element_ty
     b, k, o, i, valid = place(shape, SAMPLES, BLOCK, FLAT, WIDE)
-    mean, h = _moments(params, mean_at, raw, raw_at, b, o, i, valid, T)
+    mean, h = _moments(means, mean_at, raw, raw_at, b, o, i, valid, T)
     log_s, s, inverse, slope = _deviation(h, KIND, CONSTANTS, RECIPROCAL)
     e = (load(z, z_at, b, o, i, valid, T) - mean) * inverse
     add_up(log_s + 0.5 * e * e, valid, sums, start, step, shape, SAMPLES, SIGN, EACH, SINGLE)
@@ -68,20 +69,20 @@ def _log_prob(
 
 @triton.jit
 def _log_prob_grad(
-    z, z_at, params, mean_at, raw, raw_at, glogp, step, gz, gz_at, gparams, gmean_at, graw, graw_at, shape,
+    z, z_at, means, mean_at, raw, raw_at, glogp, step, gz, gz_at, gmeans, gmean_at, graw, graw_at, shape,
     KIND: tl.constexpr, CONSTANTS: tl.constexpr, RECIPROCAL: tl.constexpr, SAMPLES: tl.constexpr, BLOCK: tl.constexpr,
     FLAT: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     T: tl.constexpr = glogp.dtype.element_ty
     b, k, o, i, valid = place(shape, SAMPLES, BLOCK, FLAT, WIDE)
-    mean, h = _moments(params, mean_at, raw, raw_at, b, o, i, valid, T)
+    mean, h = _moments(means, mean_at, raw, raw_at, b, o, i, valid, T)
     log_s, s, inverse, slope = _deviation(h, KIND, CONSTANTS, RECIPROCAL)
     g = tl.load(glogp + b * step, mask=b < shape[0], other=0.0)
     e = (load(z, z_at, b, o, i, valid, T) - mean) * inverse
     gm = g * e * inverse
     store(gz, gz_at, b, o, i, valid, -gm)
-    if gparams is not None:
-        store(gparams, gmean_at, b, o, i, valid, gm)
+    if gmeans is not None:
+        store(gmeans, gmean_at, b, o, i, valid, gm)
         store(graw, graw_at, b, o, i, valid, g * (e * e - 1.0) * slope)
 
 
@@ -90,13 +91,13 @@ def _log_prob_grad(
 
 @triton.jit(do_not_specialize=["temperature"])
 def _sample(
-    noise, noise_at, params, mean_at, raw, raw_at, z, z_at, temperature, sums, start, step, shape,
+    noise, noise_at, means, mean_at, raw, raw_at, z, z_at, temperature, sums, start, step, shape,
     KIND: tl.constexpr, CONSTANTS: tl.constexpr, RECIPROCAL: tl.constexpr, SAMPLES: tl.constexpr, BLOCK: tl.constexpr,
     FLAT: tl.constexpr, WIDE: tl.constexpr, SIGN: tl.constexpr, EACH: tl.constexpr, SINGLE: tl.constexpr,
 ):  # fmt: skip
     T: tl.constexpr = sums.dtype.element_ty
     b, k, o, i, valid = place(shape, SAMPLES, BLOCK, FLAT, WIDE)
-    mean, h = _moments(params, mean_at, raw, raw_at, b, o, i, valid, T)
+    mean, h = _moments(means, mean_at, raw, raw_at, b, o, i, valid, T)
     log_s, s, inverse, slope = _deviation(h, KIND, CONSTANTS, RECIPROCAL)
     e = _number(temperature, T) * load(noise, noise_at, b, o, i, valid, T)
     store(z, z_at, b, o, i, valid, mean + s * e)
@@ -106,22 +107,22 @@ def _sample(
 
 @triton.jit(do_not_specialize=["temperature"])
 def _sample_grad(
-    noise, noise_at, params, mean_at, raw, raw_at, gz, gz_at, glogp, step, gnoise, gnoise_at, gparams, gmean_at, graw,
+    noise, noise_at, means, mean_at, raw, raw_at, gz, gz_at, glogp, step, gnoise, gnoise_at, gmeans, gmean_at, graw,
     graw_at, temperature, shape,
     KIND: tl.constexpr, CONSTANTS: tl.constexpr, RECIPROCAL: tl.constexpr, SAMPLES: tl.constexpr, BLOCK: tl.constexpr,
     FLAT: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     T: tl.constexpr = glogp.dtype.element_ty
     b, k, o, i, valid = place(shape, SAMPLES, BLOCK, FLAT, WIDE)
-    mean, h = _moments(params, mean_at, raw, raw_at, b, o, i, valid, T)
+    mean, h = _moments(means, mean_at, raw, raw_at, b, o, i, valid, T)
     log_s, s, inverse, slope = _deviation(h, KIND, CONSTANTS, RECIPROCAL)
     t = _number(temperature, T)
     e = t * load(noise, noise_at, b, o, i, valid, T)
     g_z = load(gz, gz_at, b, o, i, valid, T)
     g = tl.load(glogp + b * step, mask=b < shape[0], other=0.0)
     store(gnoise, gnoise_at, b, o, i, valid, t * (g_z * s - g * e))
-    if gparams is not None:
-        store(gparams, gmean_at, b, o, i, valid, g_z)
+    if gmeans is not None:
+        store(gmeans, gmean_at, b, o, i, valid, g_z)
         store(graw, graw_at, b, o, i, valid, (g_z * s * e - g) * slope)
 
 
@@ -131,14 +132,14 @@ def _sample_grad(
 
 @triton.jit
 def _kl(
-    params, mean_at, raw, raw_at, prior, prior_mean_at, prior_raw, prior_raw_at, sums, start, step, shape,
+    means, mean_at, raw, raw_at, prior, prior_mean_at, prior_raw, prior_raw_at, sums, start, step, shape,
     KIND: tl.constexpr, PRIOR_KIND: tl.constexpr, CONSTANTS: tl.constexpr, RECIPROCAL: tl.constexpr,
     SAMPLES: tl.constexpr, BLOCK: tl.constexpr, FLAT: tl.constexpr, WIDE: tl.constexpr, SIGN: tl.constexpr,
     EACH: tl.constexpr, SINGLE: tl.constexpr,
 ):  # fmt: skip
     T: tl.constexpr = sums.dtype.element_ty
     b, k, o, i, valid = place(shape, SAMPLES, BLOCK, FLAT, WIDE)
-    mean, h = _moments(params, mean_at, raw, raw_at, b, o, i, valid, T)
+    mean, h = _moments(means, mean_at, raw, raw_at, b, o, i, valid, T)
     prior_mean, prior_h = _moments(prior, prior_mean_at, prior_raw, prior_raw_at, b, o, i, valid, T)
     log_s, s, inverse, slope = _deviation(h, KIND, CONSTANTS, RECIPROCAL)
     prior_log_s, prior_s, prior_inverse, prior_slope = _deviation(prior_h, PRIOR_KIND, CONSTANTS, RECIPROCAL)
@@ -149,21 +150,21 @@ def _kl(
 
 @triton.jit
 def _kl_grad(
-    params, mean_at, raw, raw_at, prior, prior_mean_at, prior_raw, prior_raw_at, gkl, step,
-    gparams, gmean_at, graw, graw_at, gprior, gprior_mean_at, gprior_raw, gprior_raw_at, shape,
+    means, mean_at, raw, raw_at, prior, prior_mean_at, prior_raw, prior_raw_at, gkl, step,
+    gmeans, gmean_at, graw, graw_at, gprior, gprior_mean_at, gprior_raw, gprior_raw_at, shape,
     KIND: tl.constexpr, PRIOR_KIND: tl.constexpr, CONSTANTS: tl.constexpr, RECIPROCAL: tl.constexpr,
     SAMPLES: tl.constexpr, BLOCK: tl.constexpr, FLAT: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     T: tl.constexpr = gkl.dtype.element_ty
     b, k, o, i, valid = place(shape, SAMPLES, BLOCK, FLAT, WIDE)
-    mean, h = _moments(params, mean_at, raw, raw_at, b, o, i, valid, T)
+    mean, h = _moments(means, mean_at, raw, raw_at, b, o, i, valid, T)
     prior_mean, prior_h = _moments(prior, prior_mean_at, prior_raw, prior_raw_at, b, o, i, valid, T)
     log_s, s, inverse, slope = _deviation(h, KIND, CONSTANTS, RECIPROCAL)
     prior_log_s, prior_s, prior_inverse, prior_slope = _deviation(prior_h, PRIOR_KIND, CONSTANTS, RECIPROCAL)
     g = tl.load(gkl + b * step, mask=b < shape[0], other=0.0)
     r, u = log_s - prior_log_s, (mean - prior_mean) * prior_inverse
     excess, gm = g * expm1(r + r), g * u * prior_inverse
-    store(gparams, gmean_at, b, o, i, valid, gm)
+    store(gmeans, gmean_at, b, o, i, valid, gm)
     store(graw, graw_at, b, o, i, valid, excess * slope)
     if gprior is not None:
         store(gprior, gprior_mean_at, b, o, i, valid, -gm)

@@ -21,14 +21,18 @@ def divide(a, b):
 
 
 @triton.jit
-def _expm1_tail(r):
-    """e^r - 1 - r on |r| <= ln 2 / 2, in float32."""
+def _reduce(x):
+    """(r, e^r - 1 - r, 2^(n - 1)) in float32: x = n ln 2 + r, |r| <= ln 2 / 2; n may be 128, beyond any 2^n."""
+    v = tl.where(x < -86.64, -86.64, x)
+    v = tl.where(v > 88.72283, 88.72283, v)
+    n = (v * 1.44269504088896340736 + 12582912.0) - 12582912.0  # adding 1.5 * 2^23 rounds to an integer
+    r = (v - n * 0.693359375) - n * -2.12194440e-4
     p = 1.9875691500e-4 * r + 1.3981999507e-3
     p = p * r + 8.3334519073e-3
     p = p * r + 4.1665795894e-2
     p = p * r + 1.6666665459e-1
     p = p * r + 5.0000001201e-1
-    return (p * r) * r
+    return r, (p * r) * r, ((n.to(tl.int32) + 126) << 23).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -37,14 +41,9 @@ def exp(x):
     if x.dtype == tl.float64:
         y = tl.exp(x)
     else:
-        v = tl.where(x < -86.64, -86.64, x)
-        v = tl.where(v > 88.72283, 88.72283, v)
-        n = (v * 1.44269504088896340736 + 12582912.0) - 12582912.0  # adding 1.5 * 2^23 rounds to an integer
-        r = (v - n * 0.693359375) - n * -2.12194440e-4
+        r, tail, half = _reduce(x)
         near = 1.0 + r
-        y = near + ((r - (near - 1.0)) + _expm1_tail(r))
-        power = ((n.to(tl.int32) + 126) << 23).to(tl.float32, bitcast=True)  # 2^(n - 1): n may be 128
-        y = (2.0 * y) * power
+        y = (2.0 * (near + ((r - (near - 1.0)) + tail))) * half
         y = tl.where(x < -86.64, 0.0, y)
         y = tl.where(x > 88.72283, float("inf"), y)
     return y
@@ -61,8 +60,9 @@ def expm1(x):
         fixed = (u - 1.0) * (x / log(tl.where(near, u, 2.0)))
         y = tl.where(near, fixed, tl.where(small, x, u - 1.0))
     else:
-        small = tl.abs(x) < 0.34
-        y = tl.where(small, x + _expm1_tail(tl.where(small, x, 0.0)), exp(x) - 1.0)
+        r, tail, half = _reduce(x)
+        y = 2.0 * ((half - 0.5) + half * (r + tail))
+        y = tl.where(x > 88.72283, float("inf"), y)
     return y
 
 
@@ -108,9 +108,18 @@ def log1p_unit(q):
 
 @triton.jit
 def tanh(x):
-    e = expm1(-2.0 * tl.abs(x))
-    y = divide(-e, e + 2.0)
-    return tl.where(x < 0.0, -y, y)
+    if x.dtype == tl.float64:
+        e = expm1(-2.0 * tl.abs(x))
+        y = -e / (e + 2.0)
+        y = tl.where(x < 0.0, -y, y)
+    else:
+        a = tl.abs(x)
+        z = x * x
+        p = (((-5.70498872745e-3 * z + 2.06390887954e-2) * z - 5.37397155531e-2) * z + 1.33314422036e-1) * z
+        small = x + x * z * (p - 3.33332819422e-1)
+        large = 1.0 - tl.div_rn(2.0, exp(a + a) + 1.0)
+        y = tl.where(a < 0.625, small, tl.where(x < 0.0, -large, large))
+    return y
 
 
 @triton.jit

@@ -7,7 +7,6 @@ together. Everything depends on shapes and strides only, never on the device: re
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -29,9 +28,9 @@ def launch(kernel: Any, programs: int, on: Tensor, *arguments: Any, warps: int =
         return
     if on.is_cuda and on.device.index != torch.cuda.current_device():
         with torch.cuda.device(on.device):
-            kernel[(programs,)](*arguments, **constants, num_warps=warps)
+            kernel[(programs,)](*arguments, **constants, num_warps=warps, enable_fp_fusion=True)
     else:
-        kernel[(programs,)](*arguments, **constants, num_warps=warps)
+        kernel[(programs,)](*arguments, **constants, num_warps=warps, enable_fp_fusion=True)
 
 
 def wide(*layouts: Layout | None) -> bool:
@@ -85,9 +84,7 @@ class Walk:
         """Where the parts of samples put their sums: in ``out`` [B] itself where a sample is one part."""
         return out if self.parts == 1 else out.new_empty((self.shape[0], self.parts))
 
-    def finish(
-        self, sums: Tensor, out: Tensor, start: Tensor | None = None, SIGN: int = 1, EACH: float = 0.0
-    ) -> None:
+    def finish(self, sums: Tensor, out: Tensor, start: Tensor | None = None, SIGN: int = 1, EACH: float = 0.0) -> None:
         """out = start + SIGN times the sum of a sample + EACH for every element; done already where it is one part."""
         if self.parts > 1:
             step = 0 if start is None else start.stride(0)

@@ -41,8 +41,10 @@ def tile(start, count, positions, channels, first, P: tl.constexpr, C: tl.conste
 @triton.jit
 def pointers(tensor, at, sample, position, channel):
     offset, of_sample, of_channel, of_position = at
-    return tensor + (offset + sample.to(tl.int64) * of_sample + position.to(tl.int64) * of_position) + (
-        channel.to(tl.int64) * of_channel
+    return (
+        tensor
+        + (offset + sample.to(tl.int64) * of_sample + position.to(tl.int64) * of_position)
+        + (channel.to(tl.int64) * of_channel)
     )
 
 

@@ -199,9 +199,7 @@ def trace_rows_bwd(gvalue: Tensor, gtrace: Tensor, probes: Tensor | None, seed: 
     _stack(gvalue, gtrace, probes, seed, g)
 
 
-def trace_contract(
-    last: Tensor, bias: Tensor, probes: Tensor | None, seed: int, value: Tensor, trace: Tensor
-) -> None:
+def trace_contract(last: Tensor, bias: Tensor, probes: Tensor | None, seed: int, value: Tensor, trace: Tensor) -> None:
     samples, rows, width = last.shape
     block = min(BLOCK, triton.next_power_of_2(max(width, 1)))
     each = BLOCK // block
@@ -227,7 +225,7 @@ def trace_layer_fwd(
 def trace_layer_bwd(
     g: Tensor, weight: Tensor, kept: Tensor | None, y: Tensor, gweight: Tensor, previous: Tensor, activation: int
 ) -> None:
-    """g of a layer's a [B, 1 + S, m] -> gW = g^T y [m, n], and g of the a before, or of x [B, n] where nothing is kept."""
+    """From g of a layer's a [B, 1 + S, m] to gW = g^T y [m, n] and g of the a before, or of x where nothing is kept."""
     if kept is None:  # x has a gradient, the probes have none
         torch.mm(g[:, 0], weight, out=previous)
     else:
