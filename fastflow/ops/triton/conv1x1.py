@@ -134,7 +134,7 @@ def conv1x1_bwd(
     launch(
         _backward, parts, x,
         x, strides(of_x), weight, weight.stride(), gy, strides(layout(gy)), gx, strides(layout(gx)), gweights, gbiases,
-        count, positions, channels, each, P=p, C=c, WIDE=large,
+        count, positions, channels, each, P=p, C=c, WIDE=large, warps=p * c // 256 or 1,
     )  # fmt: skip
     sum_partials(gweights, gweight)
     sum_partials(gbiases, gbias)
