@@ -21,10 +21,15 @@ if __name__ != "__main__":
     pytest.importorskip("triton")
 
 FAMILIES = ("coupling", "actnorm", "conv1x1", "gaussian", "trace")
-ALL = ("forward", "gradient", "inverse", "logdet", "gradcheck")
-# half precision differs from float32 in how it is loaded and stored, not in what is computed: the tiny sizes show it
-CHECKS = {"float64": ALL, "float32": ALL, "bfloat16": ("selftest",), "float16": ("selftest",)}
-# of the autograd.Function around the kernels, which is the same for all cases of an op; the interpreter is slow
+# Ragged sizes in float32 only, for the interpreter is slow: other dtypes differ in how they are loaded, stored and
+# rounded, and float64 in its scalar functions, which the tiny sizes show in every layout.
+CHECKS = {
+    "float64": ("selftest", "logdet", "gradcheck"),
+    "float32": ("forward", "gradient", "inverse"),
+    "bfloat16": ("selftest",),
+    "float16": ("selftest",),
+}
+# what is seen of the autograd.Function around the kernels is the same for all cases of an op
 FEW = ("logdet", "gradcheck")
 QUICK = (
     *("coupling-sigmoid2-forward", "coupling-index-vector", "actnorm-image-inverse", "conv1x1-image-bias"),
