@@ -1,4 +1,4 @@
-"""Under autocast every op takes what comes, computes in float32 and gives the dtypes it gives without: nothing is cast."""
+"""Under autocast every op takes what comes, computes in float32 and gives the dtypes it gives without it."""
 
 import pytest
 import torch
