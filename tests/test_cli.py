@@ -31,7 +31,7 @@ def one_line(capsys, *arguments):
 def test_info(capsys):
     assert main(["info"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    for word in ("fastflow", "python", "torch", "cpu library", "backend cpu", "backend reference", "backend cuda"):
+    for word in ("fastflow", "python", "torch", "backend cpu", "backend reference", "backend cuda", "self-tests"):
         assert any(line.startswith(word) for line in lines), word
 
 

@@ -52,7 +52,7 @@ def check(python, folder, library):
     where = run(python, "-c", "import fastflow; print(fastflow.__file__)", cwd=folder).stdout.strip()
     assert Path(where).is_relative_to(python.parent.parent)
     info = run(python, "-m", "fastflow", "info", cwd=folder).stdout
-    assert re.search(rf"cpu library +{library}", info), info
+    assert re.search(rf"backend cpu .*{library}", info), info
     verify = run(python, "-m", "fastflow", "verify", "coupling", "--dtype", "float32", cwd=folder).stdout
     assert verify.endswith(" 0 failed\n"), verify
     return verify

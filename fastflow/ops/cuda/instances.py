@@ -1,0 +1,58 @@
+"""What an instance of a kernel is, and the usual ones of every family.
+
+An install compiles these ahead (FASTFLOW_CUDA_ARCHS) and the resource table lists them; any other is compiled when met.
+setup.py runs this file by itself, where there is no torch.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+__all__ = ["USUAL", "Instance"]
+
+
+class Instance(NamedTuple):
+    """``kernel<parameters>`` of csrc/cuda/``file``.cu, which takes one struct ``arguments``."""
+
+    file: str
+    kernel: str
+    arguments: str
+    parameters: tuple[str, ...] = ()
+    threads: int = 256
+
+    @property
+    def name(self) -> str:
+        """The function's name in the compiled module."""
+        return "_".join(("fastflow", self.kernel, *self.parameters))
+
+    @property
+    def entry(self) -> str:
+        template = f"<{', '.join(self.parameters)}>" if self.parameters else ""
+        # in parentheses: the commas of the parameters are not those of the macro
+        return f"FF_ENTRY({self.name}, ({self.kernel}{template}), {self.arguments}, {self.threads})"
+
+
+_BYTES = {"float": 4, "double": 8, "BFloat16": 2, "Half": 2}
+# x, its parameters, and a second set of them that is a tensor of its own: all alike, or half precision beside float32
+_TYPES = [(s, s, s) for s in _BYTES] + [("float", s, s) for s in ("BFloat16", "Half")]
+
+
+def _elementwise(file: str, kernels: dict[str, str], types: int) -> list[Instance]:
+    """``{kernel: arguments}`` with every combination of ``types`` types, in single and wide steps."""
+    combinations = dict.fromkeys(t[:types] for t in _TYPES)
+    return [
+        Instance(file, kernel, arguments, (*t, str(step)))
+        for kernel, arguments in kernels.items()
+        for t in combinations
+        for step in (1, 16 // max(_BYTES[s] for s in t))
+    ]
+
+
+def _sums(file: str) -> list[Instance]:
+    return [Instance(file, "finish_sums", "Finish", (t,)) for t in ("float", "double")]
+
+
+USUAL = [
+    *_elementwise("coupling", {"coupling_fwd": "CouplingForward", "coupling_bwd": "CouplingBackward"}, 3),
+    *_sums("coupling"),
+]
