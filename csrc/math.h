@@ -15,7 +15,12 @@ using uint64_t = unsigned long long;
 #if defined(__CUDACC__) || defined(__CUDACC_RTC__)
 #define FF_HD __host__ __device__ __forceinline__
 #define FF_D __device__ __forceinline__
-#elif !defined(FF_EMULATE)
+#define FF_MEMCPY memcpy
+#else
+#define FF_MEMCPY __builtin_memcpy
+#endif
+
+#if !defined(FF_HD)
 #define FF_HD inline __attribute__((always_inline))
 #endif
 
@@ -27,7 +32,7 @@ template <class To, class From>
 FF_HD To bit_cast(From from) {
   static_assert(sizeof(To) == sizeof(From), "sizes differ");
   To to;
-  __builtin_memcpy(&to, &from, sizeof(to));
+  FF_MEMCPY(&to, &from, sizeof(to));
   return to;
 }
 
@@ -62,6 +67,11 @@ FF_HD T abs(T x) {
 template <class T>
 FF_HD T infinity() {
   return bit_cast<T>(typename Float<T>::Int(2 * Float<T>::bias + 1) << Float<T>::mantissa);
+}
+
+template <class T>
+FF_HD T not_a_number() {
+  return bit_cast<T>(~typename Float<T>::Int(0));
 }
 
 // --- exp ------------------------------------------------------------------------------------------

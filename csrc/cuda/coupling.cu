@@ -12,7 +12,7 @@ struct Rest {
   int64_t samples, outer, inner, start, skip, channels_inner, vector;
 };
 
-constexpr int kCopies = 4;  // steps of a thread
+[[maybe_unused]] constexpr int kCopies = 4;  // steps of a thread
 
 template <class S, int V>
 FF_D void copy_rest(const Rest& r, int64_t block) {
@@ -21,11 +21,13 @@ FF_D void copy_rest(const Rest& r, int64_t block) {
   for (int n = 0; n < kCopies; ++n) {
     const int64_t k = (block * kCopies + n) * kThreads + threadIdx.x;
     if (k >= total) return;
-    Position p;
+    Position<false> p;
     const int64_t row = quotient(k * V, r.inner);
     p.i = k * V - row * r.inner, p.b = quotient(row, r.outer), p.o = row - p.b * r.outer;
-    int64_t& channel = r.channels_inner ? p.i : p.o;
-    channel += channel < r.start ? 0 : r.skip;
+    if (r.channels_inner)
+      p.i += p.i < r.start ? 0 : r.skip;
+    else
+      p.o += p.o < r.start ? 0 : r.skip;
     const S* from = reinterpret_cast<const S*>(r.from.data) + p.offset(r.from);
     S* to = reinterpret_cast<S*>(r.to.data) + p.offset(r.to);
     if (V > 1 && r.from.wide && r.to.wide)
@@ -49,17 +51,15 @@ struct Coupling {
     return {T(shift_gain), T(sign), map.constants<T>()};
   }
 
-  // is position s one that changes?
-  FF_HD bool active(int64_t s) const {
-    return parity < 0 || ((quotient(s, width) + s) - quotient(s, width) * width) % 2 == parity;
+  // is this position one that changes?
+  FF_HD bool active(const Position<true>& p) const {
+    const int64_t s = walk.channels_inner ? p.o : p.i, row = quotient(s, width);
+    return parity < 0 || (row + s - row * width) % 2 == parity;
   }
-  FF_HD bool active(const Position& p, int v) const { return active(walk.channels_inner ? p.o : p.i + v); }
 
-  template <int V, class T>
-  FF_HD void load_amplitude(const Position& p, T constant, T (&to)[V]) const {
-    if (amplitude.data) return load<T, V>(amplitude, p, to);
-#pragma unroll
-    for (int v = 0; v < V; ++v) to[v] = constant;
+  template <class T>
+  FF_HD T amplitude_at(const Position<true>& p, T constant) const {
+    return amplitude.data ? reinterpret_cast<const T*>(amplitude.data)[p.offset(amplitude)] : constant;
   }
 };
 
@@ -69,7 +69,8 @@ struct CouplingForward {
   Sums sums;
 };
 
-template <class X, class P, class H, int V>
+// `general`: with an index, a checkerboard or a learned amplitude, one element a step
+template <class X, class P, class H, int V, bool general>
 FF_D void coupling_fwd(const CouplingForward& a) {
   using T = Accumulator<X>;
   const Coupling& in = a.in;
@@ -82,20 +83,29 @@ FF_D void coupling_fwd(const CouplingForward& a) {
   T sum = 0;
   with_kind(in.kind, [&](auto kind) {
     with_bool(in.add_first, [&](auto add_first) {
-      each_step<V>(in.walk, team, [&](const Position& p) {
-        T x[V], t[V], h[V], amplitude[V], y[V];
-        load<X, V>(in.x, p, x);
-        load<P, V>(in.t, p, t);
-        load<H, V>(in.h, p, h);
-        in.load_amplitude<V>(p, c.map.amplitude, amplitude);
+      const auto value = [&](T x, T t, T h, T amplitude) {
+        return coupling<decltype(kind)::value, bool(decltype(add_first)::value)>(x, t, h, amplitude, c);
+      };
+      each_step<V, general>(in.walk, team, [&](const Position<general>& p) {
+        T x[V], t[V], h[V], y[V];
+        load<X>(in.x, p, x);
+        load<P>(in.t, p, t);
+        load<H>(in.h, p, h);
+        if constexpr (general) {
+          const auto r = value(x[0], t[0], h[0], in.amplitude_at(p, c.map.amplitude));
+          const bool on = in.active(p);
+          y[0] = on ? r.y : x[0];
+          sum += !p.valid ? not_a_number<T>() : on ? r.log_m : T(0);
+          if (!p.valid) return;
+        } else {
 #pragma unroll
-        for (int v = 0; v < V; ++v) {
-          const auto r = coupling<kind.value, bool(add_first.value)>(x[v], t[v], h[v], amplitude[v], c);
-          const bool on = in.active(p, v);
-          y[v] = on ? r.y : x[v];
-          sum += p.valid ? (on ? r.log_m : T(0)) : bit_cast<T>(~typename Float<T>::Int(0));  // NaN: a wrong index
+          for (int v = 0; v < V; ++v) {
+            const auto r = value(x[v], t[v], h[v], c.map.amplitude);
+            y[v] = r.y;
+            sum += r.log_m;
+          }
         }
-        if (p.valid) store<X, V>(a.y, p, y);
+        store<X>(a.y, p, y);
       });
     });
   });
@@ -109,7 +119,7 @@ struct CouplingBackward {
   int64_t glogdet_stride, from_output;
 };
 
-template <class X, class P, class H, int V>
+template <class X, class P, class H, int V, bool general>
 FF_D void coupling_bwd(const CouplingBackward& a) {
   using T = Accumulator<X>;
   const Coupling& in = a.in;
@@ -118,34 +128,39 @@ FF_D void coupling_bwd(const CouplingBackward& a) {
     return in.rest.vector ? copy_rest<X, V>(in.rest, block) : copy_rest<X, 1>(in.rest, block);
   }
   const Team team(in.walk);
-  const auto c = in.constants<T>();
   if (!team.active) return;
+  const auto c = in.constants<T>();
   const T glogdet = reinterpret_cast<const T*>(a.glogdet)[team.b * a.glogdet_stride];
   with_kind(in.kind, [&](auto kind) {
     with_bool(in.add_first, [&](auto add_first) {
       with_bool(a.from_output, [&](auto from_output) {
-        each_step<V>(in.walk, team, [&](const Position& p) {
-          T x[V], t[V], h[V], amplitude[V], gy[V], gx[V], gt[V], gh[V], ga[V];
-          load<X, V>(in.x, p, x);
-          load<P, V>(in.t, p, t);
-          load<H, V>(in.h, p, h);
-          load<X, V>(a.gy, p, gy);
-          in.load_amplitude<V>(p, c.map.amplitude, amplitude);
+        const auto grad = [&](T x, T t, T h, T amplitude, T gy) {
+          return coupling_grad<decltype(kind)::value, bool(decltype(add_first)::value),
+                               bool(decltype(from_output)::value)>(x, t, h, amplitude, gy, glogdet, c);
+        };
+        each_step<V, general>(in.walk, team, [&](const Position<general>& p) {
+          T x[V], t[V], h[V], gy[V], gx[V], gt[V], gh[V];
+          load<X>(in.x, p, x);
+          load<P>(in.t, p, t);
+          load<H>(in.h, p, h);
+          load<X>(a.gy, p, gy);
+          if constexpr (general) {
+            const auto r = grad(x[0], t[0], h[0], in.amplitude_at(p, c.map.amplitude), gy[0]);
+            const bool on = in.active(p);
+            const T ga[1] = {on ? r.gamplitude : T(0)};
+            gx[0] = on ? r.gx : gy[0], gt[0] = on ? r.gt : T(0), gh[0] = on ? r.gh : T(0);
+            if (!p.valid) return;
+            store<T>(a.gamplitude, p, ga);
+          } else {
 #pragma unroll
-          for (int v = 0; v < V; ++v) {
-            const auto r = coupling_grad<kind.value, bool(add_first.value), bool(from_output.value)>(
-                x[v], t[v], h[v], amplitude[v], gy[v], glogdet, c);
-            const bool on = in.active(p, v);
-            gx[v] = on ? r.gx : gy[v];
-            gt[v] = on ? r.gt : T(0);
-            gh[v] = on ? r.gh : T(0);
-            ga[v] = on ? r.gamplitude : T(0);
+            for (int v = 0; v < V; ++v) {
+              const auto r = grad(x[v], t[v], h[v], c.map.amplitude, gy[v]);
+              gx[v] = r.gx, gt[v] = r.gt, gh[v] = r.gh;
+            }
           }
-          if (!p.valid) return;
-          store<X, V>(a.gx, p, gx);
-          store<P, V>(a.gt, p, gt);
-          store<H, V>(a.gh, p, gh);
-          store<T, V>(a.gamplitude, p, ga);
+          store<X>(a.gx, p, gx);
+          store<P>(a.gt, p, gt);
+          store<H>(a.gh, p, gh);
         });
       });
     });

@@ -93,7 +93,7 @@ FF_HD void load(const S* from, bool wide, int64_t step, T (&to)[V]) {
   if (V > 1 && wide) {
     S part[V];
     const auto words = *reinterpret_cast<const Words<S, V>*>(from);
-    __builtin_memcpy(part, &words, sizeof(words));
+    FF_MEMCPY(part, &words, sizeof(words));
 #pragma unroll
     for (int v = 0; v < V; ++v) to[v] = T(widen(part[v]));
   } else {
@@ -109,7 +109,7 @@ FF_HD void store(S* to, bool wide, int64_t step, const T (&from)[V]) {
 #pragma unroll
     for (int v = 0; v < V; ++v) narrow(from[v], part[v]);
     Words<S, V> words;
-    __builtin_memcpy(&words, part, sizeof(words));
+    FF_MEMCPY(&words, part, sizeof(words));
     *reinterpret_cast<Words<S, V>*>(to) = words;
   } else {
 #pragma unroll

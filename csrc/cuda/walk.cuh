@@ -17,7 +17,16 @@ struct Walk {
   int64_t channels;      // what an index must stay below
 };
 
+// Where a step begins. `general` walks also know gathered operands; the others have nothing to carry for them.
+template <bool general>
 struct Position {
+  int64_t b, o, i;
+
+  FF_HD int64_t offset(const Operand& v) const { return b * v.sample + o * v.outer + i * v.inner; }
+};
+
+template <>
+struct Position<true> {
   int64_t b, o, i;
   int64_t gathered_o, gathered_i;
   bool valid;  // is the index within bounds?
@@ -28,15 +37,15 @@ struct Position {
   }
 };
 
-template <class S, int V, class T>
-FF_HD void load(const Operand& v, const Position& p, T (&to)[V]) {
+template <class S, int V, bool general, class T>
+FF_HD void load(const Operand& v, const Position<general>& p, T (&to)[V]) {
   if (v.data) return load<V>(reinterpret_cast<const S*>(v.data) + p.offset(v), v.wide, v.inner, to);
 #pragma unroll
   for (int k = 0; k < V; ++k) to[k] = T(0);
 }
 
-template <class S, int V, class T>
-FF_HD void store(const Operand& v, const Position& p, const T (&from)[V]) {
+template <class S, int V, bool general, class T>
+FF_HD void store(const Operand& v, const Position<general>& p, const T (&from)[V]) {
   if (v.data) store<V>(reinterpret_cast<S*>(v.data) + p.offset(v), v.wide, v.inner, from);
 }
 
@@ -55,19 +64,24 @@ struct Team {
 };
 
 // f(position) for the steps of this thread
-template <int V, class F>
+template <int V, bool general = false, class F>
 FF_D void each_step(const Walk& w, const Team& team, const F& f) {
   if (!team.active) return;
   const int64_t first = team.part * w.share, last = smaller(first + w.share, w.outer * w.inner / V);
   for (int64_t k = first + team.lane; k < last; k += w.lanes) {
-    Position p;
+    Position<general> p;
     p.b = team.b;
     p.o = quotient(k * V, w.inner), p.i = k * V - p.o * w.inner;
-    p.gathered_o = p.o, p.gathered_i = p.i, p.valid = true;
-    if (w.index) {
-      const int64_t channel = w.index[w.channels_inner ? p.i : p.o];
-      p.valid = uint64_t(channel) < uint64_t(w.channels);
-      (w.channels_inner ? p.gathered_i : p.gathered_o) = p.valid ? channel : 0;
+    if constexpr (general) {
+      p.gathered_o = p.o, p.gathered_i = p.i, p.valid = true;
+      if (w.index) {
+        const int64_t channel = w.index[w.channels_inner ? p.i : p.o];
+        p.valid = uint64_t(channel) < uint64_t(w.channels);
+        if (w.channels_inner)
+          p.gathered_i = p.valid ? channel : 0;
+        else
+          p.gathered_o = p.valid ? channel : 0;
+      }
     }
     f(p);
   }
@@ -98,22 +112,6 @@ FF_D void add_up(const Walk& w, const Team& team, const Sums& s, double value) {
     s.partial[team.b * w.parts + team.part] = value;
   else
     finish_sum<T>(s, team.b, value);
-}
-
-// The parts of a sample, by one warp in a fixed order.
-struct Finish {
-  Sums sums;
-  int64_t samples, parts;
-};
-
-template <class T>
-FF_D void finish_sums(const Finish& a) {
-  const int64_t b = int64_t(blockIdx.x) * (kThreads / 32) + threadIdx.x / 32;
-  double total = 0;
-  if (b < a.samples)
-    for (int64_t p = threadIdx.x % 32; p < a.parts; p += 32) total += a.sums.partial[b * a.parts + p];
-  total = warp_sum(total);
-  if (b < a.samples && threadIdx.x % 32 == 0) finish_sum<T>(a.sums, b, total);
 }
 
 // f(Constant<kind>()) for a scale map

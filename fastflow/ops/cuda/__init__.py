@@ -14,7 +14,7 @@ from torch import Tensor
 from fastflow.ops.cpu import DTYPES, PLAIN
 from fastflow.ops.cuda import load, source
 
-FAMILIES = ("coupling",)
+FAMILIES = ("coupling", "gaussian")
 
 _kernels: dict[str, Callable[..., None]] = {}
 

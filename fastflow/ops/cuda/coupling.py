@@ -33,6 +33,9 @@ class Changed(NamedTuple):
         numbers = [float(o.shift_gain), -1.0 if o.divide else 1.0, *map_fields(o.constants)]
         return [*steps.fields, steps.blocks, *rest, *operands, *what, *numbers]
 
+    def instance(self, kernel: str, arguments: str, steps: Walk) -> Instance:
+        return Instance("coupling", kernel, arguments, (*self.types, str(steps.step), str(int(steps.general))))
+
     @property
     def types(self) -> tuple[str, str, str]:
         h = self.t if self.h is None else self.h
@@ -70,6 +73,12 @@ def _changed(x, params, raw, amplitude, index, o: Options) -> Changed:
     return Changed(changed, t, h, None)
 
 
+def _walk(changed: Changed, outs: list[Operand | None], index: Tensor | None, channels: int, o: Options) -> Walk:
+    general = index is not None or changed.amplitude is not None or o.where[2] >= 0
+    steps = walk(changed.x, [*changed[1:], *outs], general)
+    return steps if index is None else steps._replace(index=4, channels=channels)
+
+
 def _rest(source: Operand, to: Operand, steps: Walk, o: Options, copied: bool) -> tuple[list[Field], int]:
     """struct Rest and its blocks: the channels of ``source`` that pass through to ``to``."""
     sizes, start, stop = source.layout.sizes, o.where[0], o.where[1]
@@ -93,13 +102,13 @@ def _forward(x, params, raw, amplitude, index, running, y, logdet, in_place: boo
     o = Options(*options)
     changed = _changed(x, params, raw, amplitude, index, o)
     out = _select(6, y, layout(y), index, o, x.shape[1])
-    steps = walk(changed.x, [*changed[1:], out], None if index is None else 4, x.shape[1])
+    steps = _walk(changed, [out], index, x.shape[1], o)
     whole = Operand(0, x, layout(x)), Operand(6, y, layout(y))
     rest, copies = _rest(*whole, steps, o, in_place or index is not None)
     start = None if running is None else (5, running)
-    fields, finish, scratch = sums(steps, "coupling", (7, logdet), start, 1.0, 0.0)
+    fields, finish, scratch = sums(steps, (7, logdet), start, 1.0, 0.0)
     arguments = [*changed.fields(steps, rest, o), *steps.operand(out), *fields]
-    instance = Instance("coupling", "coupling_fwd", "CouplingForward", (*changed.types, str(steps.step)))
+    instance = changed.instance("coupling_fwd", "CouplingForward", steps)
     return Plan([Launch(instance, steps.blocks + copies, arguments, SHARED), *finish], scratch)
 
 
@@ -111,12 +120,12 @@ def _backward(value, params, raw, amplitude, index, gy, glogdet, gx, gparams, gr
     gt, gh = _halves((8, gparams), (9, graw), index, o, channels)
     outs = [_select(5, gy, layout(gy), index, o, channels), _select(7, gx, layout(gx), index, o, channels), gt, gh]
     outs.append(None if gamplitude is None else Operand(10, gamplitude, layout(gamplitude)))
-    steps = walk(changed.x, [*changed[1:], *outs], None if index is None else 4, channels)
+    steps = _walk(changed, outs, index, channels, o)
     whole = Operand(5, gy, layout(gy)), Operand(7, gx, layout(gx))
     rest, copies = _rest(*whole, steps, o, index is not None)
     arguments = [*changed.fields(steps, rest, o), *(f for operand in outs for f in steps.operand(operand))]
     arguments += [Address(6), glogdet.stride(0), int(from_output)]
-    instance = Instance("coupling", "coupling_bwd", "CouplingBackward", (*changed.types, str(steps.step)))
+    instance = changed.instance("coupling_bwd", "CouplingBackward", steps)
     return Plan([Launch(instance, steps.blocks + copies, arguments, SHARED)])
 
 

@@ -37,22 +37,35 @@ _BYTES = {"float": 4, "double": 8, "BFloat16": 2, "Half": 2}
 _TYPES = [(s, s, s) for s in _BYTES] + [("float", s, s) for s in ("BFloat16", "Half")]
 
 
-def _elementwise(file: str, kernels: dict[str, str], types: int) -> list[Instance]:
-    """``{kernel: arguments}`` with every combination of ``types`` types, in single and wide steps."""
-    combinations = dict.fromkeys(t[:types] for t in _TYPES)
+def _elementwise(file: str, kernels: dict[str, str], types: int, general: bool = False) -> list[Instance]:
+    """``{kernel: arguments}`` with every combination of ``types`` types, in single and wide steps.
+
+    With ``general`` the kernels take that parameter too, and have an instance where it is set.
+    """
     return [
-        Instance(file, kernel, arguments, (*t, str(step)))
+        Instance(file, kernel, arguments, (*t, *rest))
         for kernel, arguments in kernels.items()
-        for t in combinations
-        for step in (1, 16 // max(_BYTES[s] for s in t))
+        for t in dict.fromkeys(t[:types] for t in _TYPES)
+        for rest in _steps(16 // max(_BYTES[s] for s in t), general)
     ]
 
 
-def _sums(file: str) -> list[Instance]:
-    return [Instance(file, "finish_sums", "Finish", (t,)) for t in ("float", "double")]
+def _steps(wide: int, general: bool) -> list[tuple[str, ...]]:
+    return [("1", "0"), (str(wide), "0"), ("1", "1")] if general else [("1",), (str(wide),)]
 
 
 USUAL = [
-    *_elementwise("coupling", {"coupling_fwd": "CouplingForward", "coupling_bwd": "CouplingBackward"}, 3),
-    *_sums("coupling"),
+    *_elementwise("coupling", {"coupling_fwd": "CouplingForward", "coupling_bwd": "CouplingBackward"}, 3, general=True),
+    *_elementwise(
+        "gaussian",
+        {
+            "gaussian_log_prob_fwd": "LogProbForward",
+            "gaussian_log_prob_bwd": "LogProbBackward",
+            "gaussian_sample_fwd": "SampleForward",
+            "gaussian_sample_bwd": "SampleBackward",
+        },
+        3,
+    ),
+    *_elementwise("gaussian", {"gaussian_kl_fwd": "KlForward", "gaussian_kl_bwd": "KlBackward"}, 2),
+    *(Instance("sums", "finish_sums", "Finish", (t,)) for t in ("float", "double")),
 ]

@@ -19,7 +19,7 @@ from fastflow.ops.cuda.source import Instance
 
 __all__ = ["Driver", "driver", "use_driver"]
 
-OPTIONS = ("-std=c++17",)
+OPTIONS = ("-std=c++17", "--device-as-default-execution-space")  # the latter for generic lambdas
 
 
 class Driver(Protocol):

@@ -51,8 +51,9 @@ class Walk(NamedTuple):
     lanes: int
     channels_inner: bool
     step: int
-    index: int | None  # the argument that holds the channels of gathered operands
-    channels: int
+    general: bool
+    index: int | None = None  # the argument that holds the channels of gathered operands
+    channels: int = 0  # what such an index must stay below
 
     @property
     def blocks(self) -> int:
@@ -90,22 +91,25 @@ def _turned(numbers: tuple[int, int, int], channels_inner: bool) -> tuple[int, i
     return (b, s, c) if channels_inner else (b, c, s)
 
 
-def walk(leader: Operand, others: Sequence[Operand | None], index: int | None = None, channels: int = 0) -> Walk:
-    """A walk in the order in which ``leader`` lies, in steps as wide as the widest type allows."""
+def walk(leader: Operand, others: Sequence[Operand | None], general: bool = False) -> Walk:
+    """A walk in the order in which ``leader`` lies, in steps as wide as the widest type allows.
+
+    ``general`` ones go element by element: with an index, or where elements are treated differently.
+    """
     channels_inner = leader.layout.channels_inner
     samples, outer, inner = _turned(leader.layout.sizes, channels_inner)
     step = 16 // max(o.bytes for o in (leader, *others) if o is not None)
-    if inner % step or not wide(leader, step, channels_inner) or (index is not None and channels_inner):
+    if general or inner % step or not wide(leader, step, channels_inner):
         step = 1
     steps = outer * inner // step
     lanes = min(THREADS, 1 << max(0, math.ceil(steps / 2) - 1).bit_length())
     share = max(1, steps) if lanes < THREADS else max(1, min(steps, STEPS * lanes))
     parts = max(1, -(-steps // share))
-    return Walk(samples, outer, inner, parts, share, lanes, channels_inner, step, index, channels)
+    return Walk(samples, outer, inner, parts, share, lanes, channels_inner, step, general)
 
 
 def sums(
-    walk: Walk, file: str, out: tuple[int, Tensor], start: tuple[int, Tensor] | None, factor: float, constant: float
+    walk: Walk, out: tuple[int, Tensor], start: tuple[int, Tensor] | None, factor: float, constant: float
 ) -> tuple[list[Field], list[Launch], list[tuple[int, torch.dtype]]]:
     """struct Sums, the launch that adds up the parts of a sample where it has several, and their scratch."""
     fields: list[Field] = [Address(0, 0, scratch=True) if walk.parts > 1 else NULL]
@@ -113,7 +117,7 @@ def sums(
     fields += [out[1].stride(0), 0 if start is None else start[1].stride(0), float(factor), float(constant)]
     if walk.parts == 1:
         return fields, [], []
-    instance = Instance(file, "finish_sums", "Finish", (C_TYPES[out[1].dtype],))
+    instance = Instance("sums", "finish_sums", "Finish", (C_TYPES[out[1].dtype],))
     blocks = -(-walk.samples // (THREADS // 32))
     finish = Launch(instance, blocks, [*fields, walk.samples, walk.parts])
     return fields, [finish], [(walk.samples * walk.parts, torch.float64)]
