@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import partial
 
+import torch
 from torch import Tensor
 
 from fastflow import ops
@@ -19,6 +20,20 @@ def _inputs(size: str, shapes: dict) -> Inputs:
     return {"x": x, "log_scale": randn(x.shape[1], seed=1), "bias": randn(x.shape[1], seed=2)}
 
 
+def _run(x: Tensor, log_scale: Tensor, bias: Tensor, order: Tensor | None = None, **options) -> tuple[Tensor, Tensor]:
+    """With ``order`` samples and channels are permuted on the way in, and back on the way out."""
+    if order is None:
+        return ops.actnorm(x, log_scale, bias, **options)
+    generator = torch.Generator().manual_seed(int(order))
+    b, c = (torch.randperm(n, generator=generator).to(x.device) for n in x.shape[:2])
+    y, logdet = ops.actnorm(x[b][:, c], log_scale[c], bias[c], **options)
+    return y[b.argsort()][:, c.argsort()], logdet[b.argsort()]
+
+
+def _orders(inputs: Inputs) -> Iterator[Inputs]:
+    return ({**inputs, "order": torch.tensor(seed)} for seed in range(12))
+
+
 def _back(outputs: tuple[Tensor, ...], x: Tensor, inverse: bool = False, **inputs) -> Tensor:
     return ops.actnorm(outputs[0], inverse=not inverse, **inputs)[0]
 
@@ -30,9 +45,10 @@ def cases() -> Iterator[Case]:
             yield Case(
                 "actnorm",
                 f"{name}-{'inverse' if inverse else 'forward'}",
-                partial(ops.actnorm, **options),
+                partial(_run, **options),
                 partial(_inputs, shapes=shapes),
                 back=partial(_back, **options),
                 logdet=1,
+                orders=_orders,
                 selftest=True,
             )

@@ -71,7 +71,7 @@ class CuPy:
         if device.index != torch.cuda.current_device():
             with torch.cuda.device(device):
                 return self.launch(instance, device, blocks, shared, arguments)
-        function = self._functions.get((instance, device.index)) or self._load(instance, device.index)
+        function = self._functions.get((instance, device.index)) or self._load(instance, device.index, shared)
         cupy, numpy = self._state[0], sys.modules["numpy"]
         pointer = torch.cuda.current_stream(device).cuda_stream
         stream = self._streams.get(pointer)
@@ -80,9 +80,11 @@ class CuPy:
         packed = numpy.frombuffer(arguments, dtype=f"V{len(arguments)}")  # one element: it is passed by value
         function((blocks,), (instance.threads,), (packed,), shared_mem=shared, stream=stream)
 
-    def _load(self, instance: Instance, device: int) -> Any:
+    def _load(self, instance: Instance, device: int, shared: int) -> Any:
         """The function, compiled where no binary of it was installed."""
         function = self._installed(instance) or self._compile(instance)
+        if shared > 48 * 1024:  # more than any kernel gets without asking
+            function.max_dynamic_shared_size_bytes = shared
         self._functions[instance, device] = function
         return function
 
