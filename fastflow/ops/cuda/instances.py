@@ -6,6 +6,7 @@ setup.py runs this file by itself, where there is no torch.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 __all__ = ["USUAL", "Instance"]
@@ -54,18 +55,26 @@ def _steps(wide: int, general: bool) -> list[tuple[str, ...]]:
     return [("1", "0"), (str(wide), "0"), ("1", "1")] if general else [("1",), (str(wide),)]
 
 
+def _each(file: str, kernel: str, arguments: str, types: Iterable[str]) -> list[Instance]:
+    return [Instance(file, kernel, arguments, (t,)) for t in types]
+
+
+_ACCUMULATORS = ("float", "double")
+_DENSITIES = {
+    "gaussian_log_prob_fwd": "LogProbForward",
+    "gaussian_log_prob_bwd": "LogProbBackward",
+    "gaussian_sample_fwd": "SampleForward",
+    "gaussian_sample_bwd": "SampleBackward",
+}
+
 USUAL = [
     *_elementwise("coupling", {"coupling_fwd": "CouplingForward", "coupling_bwd": "CouplingBackward"}, 3, general=True),
-    *_elementwise(
-        "gaussian",
-        {
-            "gaussian_log_prob_fwd": "LogProbForward",
-            "gaussian_log_prob_bwd": "LogProbBackward",
-            "gaussian_sample_fwd": "SampleForward",
-            "gaussian_sample_bwd": "SampleBackward",
-        },
-        3,
-    ),
+    *_elementwise("gaussian", _DENSITIES, 3),
     *_elementwise("gaussian", {"gaussian_kl_fwd": "KlForward", "gaussian_kl_bwd": "KlBackward"}, 2),
-    *(Instance("sums", "finish_sums", "Finish", (t,)) for t in ("float", "double")),
+    *_elementwise("actnorm", {"actnorm_fwd": "ActNormForward"}, 1),
+    *_each("actnorm", "actnorm_bwd", "ActNormBackward", _BYTES),
+    *_each("actnorm", "actnorm_finish", "ActNormFinish", _ACCUMULATORS),
+    *_elementwise("conv1x1", {"conv1x1_fwd": "ConvForward", "conv1x1_bwd": "ConvBackward"}, 1),
+    *_each("conv1x1", "conv1x1_finish", "ConvFinish", _ACCUMULATORS),
+    *_each("sums", "finish_sums", "Finish", _ACCUMULATORS),
 ]
