@@ -6,7 +6,7 @@ BIN := .venv/bin
 CPP := $(shell find csrc -name '*.h' -o -name '*.cpp')
 SOURCES := setup.py pyproject.toml MANIFEST.in README.md constraints.txt $(CPP) $(shell find fastflow -name '*.py')
 
-.PHONY: demo test bench lint clean
+.PHONY: demo test bench gpu lint clean
 
 # -I: the installed package, not the checkout, which has no compiled kernels
 demo: .venv/installed
@@ -20,6 +20,11 @@ test: .venv/installed
 bench: .venv/installed
 	$(BIN)/fastflow bench --json benchmarks/results/speed.json
 	$(BIN)/python -I -m fastflow.bench.table benchmarks/results/speed.json README.md
+
+# on a machine with a GPU, from the checkout, with what its $(PYTHON) has: torch, and CuPy or Triton; nothing is
+# installed. PART=verify, glow or bench does one part; figures go to $$OUT or benchmarks/results
+gpu:
+	PYTHONPATH=. $(PYTHON) -m fastflow.bench.gpu $(PART)
 
 lint: .venv/installed
 	$(BIN)/ruff check .

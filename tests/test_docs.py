@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from fastflow.__main__ import parser
-from fastflow.bench.table import BEGIN, END
+from fastflow.bench.table import BEGIN, END, GPU_BEGIN, GPU_END
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -43,7 +43,7 @@ def test_commands():
 
 def test_markers():
     text = README.read_text()
-    assert text.count(BEGIN) == text.count(END) == 1
+    assert all(text.count(marker) == 1 for marker in (BEGIN, END, GPU_BEGIN, GPU_END))
 
 
 def test_map():

@@ -3,13 +3,11 @@
 import pytest
 
 from fastflow import testing
-from fastflow.ops import _backend
-
-BACKENDS = [name for name, module in _backend.NATIVE.items() if module.unavailable() is None]
+from fastflow.testing.cli import able
 
 
 @pytest.mark.parametrize("dtype", testing.DTYPES, ids=lambda d: str(d).removeprefix("torch."))
-@pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
+@pytest.mark.parametrize("backend", able("cpu"))
 @pytest.mark.parametrize("case", testing.CASES, ids=lambda case: case.id)
 def test_conformance(case, backend, dtype):
     if dtype not in case.dtypes:

@@ -171,15 +171,15 @@ FF_D void conv1x1_fwd(const ConvForward& a) {
 struct ConvBackward {
   Conv in;
   Image x, gy, gx;
-  char* partial;     // [blocks, C C + C]: gM and gc of every block
+  char* partial;        // [blocks, C C + C]: gM and gc of every block
   int64_t n4_, teams_;  // ceil(C / 4), and how many teams of threads share the positions of a tile for gM
 
   FF_HD int n4() const { return int(n4_); }
   FF_HD int teams() const { return int(teams_); }
 };
 
-// A thread's 4 x 4 entries of gM, of rows i + n4 r and columns j + n4 s, and the sums of its rows where j is 0. What one
-// tile adds is summed up by itself first: a sum of sums rounds less than one long sum.
+// A thread's 4 x 4 entries of gM, of rows i + n4 r and columns j + n4 s, and the sums of its rows where j is 0. What
+// one tile adds is summed up by itself first: a sum of sums rounds less than one long sum.
 template <class T>
 struct GradientTile {
   static constexpr int Q = positions_of_thread<T>();

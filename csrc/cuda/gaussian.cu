@@ -1,8 +1,7 @@
-// Diagonal Gaussians on a GPU: log-likelihood, tempered sample and KL divergence, each in one pass over its tensors. Mean
-// and raw scale are read where the network wrote them. Bound by memory bandwidth.
-// The arguments are packed by fastflow/ops/cuda/gaussian.py.
+// Diagonal Gaussians on a GPU: log-likelihood, tempered sample and KL divergence, each in one pass over its tensors.
+// Mean and raw scale are read where the network wrote them. Bound by memory bandwidth. The arguments are packed by
+// fastflow/ops/cuda/gaussian.py.
 #include "../gaussian.h"
-
 #include "walk.cuh"
 
 namespace fastflow {
@@ -211,8 +210,8 @@ FF_D void gaussian_kl_bwd(const KlBackward& a) {
         load<H>(a.prior_raw, p, ph);
 #pragma unroll
         for (int v = 0; v < V; ++v) {
-          const auto g = gaussian_kl_grad<decltype(kind)::value, decltype(prior_kind)::value>(m[v], h[v], pm[v], ph[v],
-                                                                                              gkl, c);
+          const auto g =
+              gaussian_kl_grad<decltype(kind)::value, decltype(prior_kind)::value>(m[v], h[v], pm[v], ph[v], gkl, c);
           gm[v] = g.gm, gh[v] = g.gh, gpm[v] = g.gprior_m, gph[v] = g.gprior_h;
         }
         store<P>(a.gmean, p, gm);

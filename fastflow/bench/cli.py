@@ -32,7 +32,7 @@ def run(arguments: argparse.Namespace) -> int:
         return _resources(arguments)
     before = read(arguments.compare) if arguments.compare else None
     _require()
-    from fastflow.bench.suite import FAMILIES
+    from fastflow.bench.row import FAMILIES
     from fastflow.testing.cli import FAMILIES as VERIFIED
     from fastflow.testing.cli import able, verify
 

@@ -1,6 +1,7 @@
 """The figures as a table: plain text for the terminal, Markdown for the README.
 
-``python -m fastflow.bench.table RESULT.json README.md`` puts the table between the two marker comments of that file.
+``python -m fastflow.bench.table RESULT.json ... README.md`` puts the tables between the marker comments of that file:
+those of GPUs between the comments for GPUs.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from typing import Any
 __all__ = ["align", "markdown", "text"]
 
 BEGIN, END = "<!-- benchmark: begin -->", "<!-- benchmark: end -->"
+GPU_BEGIN, GPU_END = "<!-- gpu benchmark: begin -->", "<!-- gpu benchmark: end -->"
+NOT_IN_MEMORY = ("reference", "triton", "max-autotune", "eager graph")
 
 
 def align(rows: Sequence[Sequence[str]]) -> str:
@@ -39,7 +42,8 @@ def markdown(result: dict[str, Any]) -> str:
 def _rows(result: dict[str, Any], before: dict[str, Any] | None) -> list[list[str]]:
     rivals = list(dict.fromkeys(n for row in result["rows"] for n in row["contenders"] if n != "fastflow"))
     earlier = {_id(row): row for row in before["rows"]} if before else {}
-    head = ["", "time", "±", "of floor", *(f"× {name}" for name in rivals), "memory", "target"]
+    gpu = "device" in result
+    head = ["", "time", "±", *["GB/s"] * gpu, "of floor", *(f"× {name}" for name in rivals), "memory", "target"]
     table = [head + (["× earlier"] if before else [])]
     for row in result["rows"]:
         ours, others = row["contenders"]["fastflow"], row["contenders"]
@@ -47,9 +51,10 @@ def _rows(result: dict[str, Any], before: dict[str, Any] | None) -> list[list[st
             _id(row),
             _time(ours["seconds"]),
             f"{ours['spread']:.0%}",
+            *[f"{row['bytes'] / ours['seconds'] / 1e9:.0f}" if row.get("bytes") else ""] * gpu,
             f"{row['floor'] / ours['seconds']:.0%}" if row["floor"] else "",
             *(f"{others[n]['seconds'] / ours['seconds']:.2f}" if n in others else "" for n in rivals),
-            " / ".join(_size(c["memory"]) for n, c in others.items() if n != "reference"),
+            " / ".join(_size(c["memory"]) for n, c in others.items() if n not in NOT_IN_MEMORY),
             _verdict(row),
         ]
         if before:
@@ -79,17 +84,27 @@ def _verdict(row: dict[str, Any]) -> str:
 def _notes(result: dict[str, Any]) -> list[str]:
     machine, limits = result["machine"], result["limits"]
     absent = {f"{name} did not run: {why}" for row in result["rows"] for name, why in row["absent"].items()}
-    return [
-        f"{machine['cpu']}, {machine['cores']} threads, library {machine['library']}, torch {machine['torch']}, "
-        f"Python {machine['python']}; fastflow {machine['fastflow']}"
+    where = f"{machine['cpu']}, {machine['cores']} threads, library {machine['library']}"
+    if "gpu" in machine:
+        backends = ", ".join(f"{name} {state}" for name, state in machine["backends"].items() if name != "cpu")
+        where = f"{machine['gpu']}, CUDA {machine['cuda']}, {machine['cuda_backend']}; backends: {backends}"
+    triad = f"triad {limits['triad'] / 1e9:.1f} GB/s, " if "triad" in limits else ""
+    notes = [
+        f"{where}, torch {machine['torch']}, Python {machine['python']}; fastflow {machine['fastflow']}"
         + (f" at {result['commit']}" if result["commit"] else "")
         + f", {result['date'][:10]}.",
-        f"Measured limits: triad {limits['triad'] / 1e9:.1f} GB/s, copy {limits['copy'] / 1e9:.1f} GB/s, "
+        f"Measured limits: {triad}copy {limits['copy'] / 1e9:.1f} GB/s, "
         f"matrix product {limits['gemm'] / 1e9:.0f} GFLOP/s. Medians of interleaved runs; ± is the distance between "
         "the quartiles; × NAME is the time of NAME over that of fastflow; memory is the peak of the call, of "
         "fastflow / eager / torch.compile (/ other).",
         *sorted(absent),
+        *(f"{id} FAILED: {why}" for id, why in result.get("failed", {}).items()),
     ]
+    if left := result.get("left_out"):
+        notes.append(f"Not measured, for want of time: {'; '.join(left)}.")
+    if result.get("device") == "cpu":
+        notes.append("Made on the CPU, on tiny tensors, to test the program: these are no figures of a GPU.")
+    return notes
 
 
 def _time(seconds: float) -> str:
@@ -106,13 +121,22 @@ def _size(count: float) -> str:
     return f"{count:g}"
 
 
-def main(result: str, document: str) -> None:
-    path = Path(document)
-    before, begin, rest = path.read_text().partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise SystemExit(f"{path}: expected the lines {BEGIN} and {END}")
-    path.write_text(f"{before}{begin}\n{markdown(json.loads(Path(result).read_text()))}\n{end}{after}")
+def main(*paths: str) -> None:
+    *results, document = map(Path, paths)
+    tables: dict[tuple[str, str], list[str]] = {}
+    for path in results:
+        result = json.loads(path.read_text())
+        if result.get("device") == "cpu":
+            raise SystemExit(f"{path}: made on the CPU to test the program, not figures of a GPU")
+        tables.setdefault((GPU_BEGIN, GPU_END) if "device" in result else (BEGIN, END), []).append(markdown(result))
+    text = document.read_text()
+    for (begin, end), made in tables.items():
+        before, found, rest = text.partition(begin)
+        _, closed, after = rest.partition(end)
+        if not found or not closed:
+            raise SystemExit(f"{document}: expected the lines {begin} and {end}")
+        text = f"{before}{begin}\n" + "\n\n".join(made) + f"\n{end}{after}"
+    document.write_text(text)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from fastflow.ops._op import accumulator, any_grad, op, reference_vjp, second_or
 __all__ = ["lu_weights", "dense_weights"]
 
 FAMILY = _backend.Family("conv1x1")
+GPU_CHANNELS = 128  # above, one block of a GPU for a layer takes longer than PyTorch with all of them
 Triple = tuple[Tensor, Tensor, Tensor]  # M [N, C, C], c [N, C], logdet [N]
 
 # --- meaning ----------------------------------------------------------------------------------------
@@ -220,6 +221,8 @@ def lu_weights(
     if layers == 0 or not isinstance(log_s[0], Tensor):
         _check_lu(*kinds)
     backend = _backend.choose(FAMILY, (log_s[0],), backend)
+    if backend != "cpu" and log_s[0].shape[0] > GPU_CHANNELS:
+        backend = "reference"
     if backend == "reference" or torch.compiler.is_compiling():
         _check_lu(*kinds)
     factors = [tensor for kind in kinds for tensor in kind]

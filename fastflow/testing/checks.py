@@ -111,9 +111,14 @@ def _rounded(case: Case, inputs: Inputs, dtype: torch.dtype, device: str) -> tup
     return case.plain or case, cast(case, inputs, torch.float32, device)
 
 
-def check_forward(case: Case, backend: str, dtype: torch.dtype, device: str = "cpu") -> None:
+SIZES = ("tiny", "odd")
+
+
+def check_forward(
+    case: Case, backend: str, dtype: torch.dtype, device: str = "cpu", sizes: Sequence[str] = SIZES
+) -> None:
     """Every output equals the reference's, in every layout, at ragged and empty sizes."""
-    for size in ("tiny", "odd"):
+    for size in sizes:
         _against(case, backend, dtype, device, size, lambda c, i, b: c.run(backend=b, **i))
     inputs = cast(case, case.inputs("tiny"), dtype, device)
     none = {k: v if k in case.keep or v.dim() < 2 else v[:0] for k, v in inputs.items()}
@@ -122,19 +127,14 @@ def check_forward(case: Case, backend: str, dtype: torch.dtype, device: str = "c
             raise AssertionError(f"{case.id} {backend}: an empty batch gives {i.shape}, the reference {o.shape}")
 
 
-def check_gradient(case: Case, backend: str, dtype: torch.dtype, device: str = "cpu") -> None:
+def check_gradient(
+    case: Case, backend: str, dtype: torch.dtype, device: str = "cpu", sizes: Sequence[str] = SIZES
+) -> None:
     """The gradient of every input equals the reference's, in every layout."""
-    for size in ("tiny", "odd"):
+    for size in sizes:
         weights = tuple(randn(*o.shape, seed=7) for o in case.run(backend="reference", **case.inputs(size)))
         weights = tuple(w.to(device) for w in weights)
         _against(case, backend, dtype, device, size, lambda c, i, b, w=weights: _grads(c, i, b, w))
-
-
-def check_selftest(case: Case, backend: str, dtype: torch.dtype, device: str) -> None:
-    """Values and gradients at the tiny size, in every layout: seconds of the full checks in milliseconds."""
-    _against(case, backend, dtype, device, "tiny", lambda c, i, b: c.run(backend=b, **i))
-    weights = tuple(randn(*o.shape, seed=7).to(device) for o in case.run(backend="reference", **case.inputs("tiny")))
-    _against(case, backend, dtype, device, "tiny", lambda c, i, b: _grads(c, i, b, weights))
 
 
 def check_inverse(case: Case, backend: str, dtype: torch.dtype, device: str = "cpu") -> None:
@@ -191,18 +191,22 @@ def check_gradcheck(case: Case, backend: str, dtype: torch.dtype = torch.float64
 
 
 def check_deterministic(case: Case, backend: str, dtype: torch.dtype = torch.float32, device: str = "cpu") -> None:
-    """Two runs give the same bits; of a kernel also on another number of threads, which a library may depend on."""
+    """Two runs give the same bits; of a kernel also on another number of threads, which a library may depend on.
+
+    A GPU has its own order of threads in every run, so that there a few more are compared.
+    """
     inputs = cast(case, case.inputs("bench"), dtype, device)
-    threads = torch.get_num_threads()
+    threads, cpu = torch.get_num_threads(), torch.device(device).type == "cpu"
     first = case.run(backend=backend, **inputs)
-    try:
-        torch.set_num_threads(threads if backend == "reference" else 1)
-        second = case.run(backend=backend, **inputs)
-    finally:
-        torch.set_num_threads(threads)
-    for a, b in zip(first, second, strict=True):
-        if not torch.equal(a, b):
-            raise AssertionError(f"{case.id} {backend} {dtype}: two runs differ")
+    for _ in range(1 if cpu else 4):
+        try:
+            torch.set_num_threads(1 if cpu and backend != "reference" else threads)
+            second = case.run(backend=backend, **inputs)
+        finally:
+            torch.set_num_threads(threads)
+        for a, b in zip(first, second, strict=True):
+            if not torch.equal(a, b):
+                raise AssertionError(f"{case.id} {backend} {dtype}: two runs differ")
 
 
 CHECKS: dict[str, Callable[..., None]] = {

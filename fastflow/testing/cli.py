@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Iterator, Sequence
 
@@ -21,7 +22,11 @@ FAMILIES = tuple(dict.fromkeys(case.family for case in CASES))
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("family", nargs="?", help=f"{', '.join(FAMILIES)} (default: all)")
     parser.add_argument("--device", default="cpu", help="where the tensors are (default: %(default)s)")
-    parser.add_argument("--backend", help=f"{', '.join(_backend.BACKENDS)} (default: every one that can run there)")
+    parser.add_argument(
+        "--backend",
+        action="append",
+        help=f"{', '.join(_backend.BACKENDS)}; may be repeated (default: every one that can run there)",
+    )
     parser.add_argument("--dtype", choices=NAMES, help="(default: all)")
 
 
@@ -48,8 +53,8 @@ def verify(family: str | None, dtypes: Sequence[str], backends: Sequence[str], d
     return not failures
 
 
-def able(device: str = "cpu", asked: str | None = None) -> list[str]:
-    """The backend asked for, or all that can serve a tensor on this device; raises where there is none."""
+def able(device: str = "cpu", asked: Sequence[str] | None = None) -> list[str]:
+    """The backends asked for, or all that can serve a tensor on this device; raises where one cannot."""
     try:
         probe = torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
@@ -57,9 +62,10 @@ def able(device: str = "cpu", asked: str | None = None) -> list[str]:
     reasons = _backend.reasons((probe,))
     if asked is None:
         return [name for name, reason in reasons.items() if reason is None]
-    if asked not in reasons or reasons[asked] is not None:
-        raise UserError(f"backend {asked!r}: {reasons.get(asked) or 'expected one of ' + ', '.join(reasons)}")
-    return [asked]
+    for name in asked:
+        if name not in reasons or reasons[name] is not None:
+            raise UserError(f"backend {name!r}: {reasons.get(name) or 'expected one of ' + ', '.join(reasons)}")
+    return list(asked)
 
 
 def _family(name: str, dtypes: Sequence[str], backends: Sequence[str], device: str) -> tuple[list[str], int]:
@@ -97,6 +103,7 @@ class _poisoned:
     """Memory that nobody wrote reads as NaN."""
 
     def __enter__(self) -> None:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it torch refuses products on a GPU here
         self.before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = True

@@ -69,7 +69,7 @@ def _plain_layer(inverse: bool, f: Inputs, k: int) -> tuple[Tensor, ...]:
         logdet = torch.linalg.slogdet(matrix).logabsdet
     else:
         log_s, order = f["log_s"][k], f["permutation"][k]
-        left = f["lower"][k].tril(-1) + torch.eye(len(log_s), dtype=log_s.dtype)
+        left = f["lower"][k].tril(-1) + torch.eye(len(log_s), dtype=log_s.dtype, device=log_s.device)
         right = f["upper"][k].triu(1) + torch.diag((1 - 2 * (order % 2)) * torch.exp(log_s))
         matrix, logdet = (left @ right)[order], log_s.sum()
     shift = torch.zeros_like(matrix[0])

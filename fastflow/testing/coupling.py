@@ -25,10 +25,11 @@ def _inputs(size: str, shapes: dict, per_channel: int = 2, part: slice = slice(N
     return made
 
 
-def _run(x: Tensor, params: Tensor, amplitude: Tensor | None = None, scale="sigmoid2", **options):
+def _run(x: Tensor, params: Tensor, amplitude: Tensor | None = None, scale="sigmoid2", mask=None, **options):
+    mask = mask.to(x.device) if isinstance(mask, Tensor) else mask
     if amplitude is not None:
         scale = ops.scale_map(scale, amplitude=amplitude)
-    return ops.affine_coupling(x, params, scale=scale, **options)
+    return ops.affine_coupling(x, params, scale=scale, mask=mask, **options)
 
 
 def _back(outputs: tuple[Tensor, ...], run: Callable, x: Tensor, inverse: bool = False, **inputs) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 from fastflow.ops.cpu import DTYPES, PLAIN
 from fastflow.ops.cuda import load, source
 
-FAMILIES = ("coupling", "actnorm", "conv1x1", "gaussian")
+FAMILIES = ("coupling", "actnorm", "conv1x1", "conv1x1_weights", "gaussian", "trace")
 
 _kernels: dict[str, Callable[..., None]] = {}
 
