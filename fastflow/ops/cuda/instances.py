@@ -34,33 +34,35 @@ class Instance(NamedTuple):
 
 
 _BYTES = {"float": 4, "double": 8, "BFloat16": 2, "Half": 2}
-# x, its parameters, and a second set of them that is a tensor of its own: all alike, or half precision beside float32
-_TYPES = [(s, s, s) for s in _BYTES] + [("float", s, s) for s in ("BFloat16", "Half")]
+_ONE = [(s,) for s in _BYTES]
+# x and its parameters: alike, or half precision beside float32
+_TWO = [*((s, s) for s in _BYTES), ("float", "BFloat16"), ("float", "Half")]
+_THREE = [(s, t, t) for s, t in _TWO]  # of the parameters a second set is a tensor of its own
+_ACCUMULATORS = [("float",), ("double",)]
 
 
-def _elementwise(file: str, kernels: dict[str, str], types: int, general: bool = False) -> list[Instance]:
-    """``{kernel: arguments}`` with every combination of ``types`` types, in single and wide steps.
+def _each(file: str, kernels: dict[str, str], types: Iterable[tuple[str, ...]]) -> list[Instance]:
+    """``{kernel: arguments}`` with each of the types."""
+    return [Instance(file, kernel, arguments, t) for kernel, arguments in kernels.items() for t in types]
 
-    With ``general`` the kernels take that parameter too, and have an instance where it is set.
-    """
+
+def _steps(
+    file: str, kernels: dict[str, str], types: Iterable[tuple[str, ...]], general: bool = False
+) -> list[Instance]:
+    """The same in single and wide steps. With ``general`` kernels take that too, and have an instance where it is set."""
     return [
         Instance(file, kernel, arguments, (*t, *rest))
         for kernel, arguments in kernels.items()
-        for t in dict.fromkeys(t[:types] for t in _TYPES)
-        for rest in _steps(16 // max(_BYTES[s] for s in t), general)
+        for t in types
+        for rest in _rest(16 // max(_BYTES[s] for s in t), general)
     ]
 
 
-def _steps(wide: int, general: bool) -> list[tuple[str, ...]]:
+def _rest(wide: int, general: bool) -> list[tuple[str, ...]]:
     return [("1", "0"), (str(wide), "0"), ("1", "1")] if general else [("1",), (str(wide),)]
 
 
-def _each(file: str, kernel: str, arguments: str, types: Iterable[str]) -> list[Instance]:
-    return [Instance(file, kernel, arguments, (t,)) for t in types]
-
-
-_ACCUMULATORS = ("float", "double")
-_DENSITIES = {
+_GAUSSIAN = {
     "gaussian_log_prob_fwd": "LogProbForward",
     "gaussian_log_prob_bwd": "LogProbBackward",
     "gaussian_sample_fwd": "SampleForward",
@@ -68,13 +70,16 @@ _DENSITIES = {
 }
 
 USUAL = [
-    *_elementwise("coupling", {"coupling_fwd": "CouplingForward", "coupling_bwd": "CouplingBackward"}, 3, general=True),
-    *_elementwise("gaussian", _DENSITIES, 3),
-    *_elementwise("gaussian", {"gaussian_kl_fwd": "KlForward", "gaussian_kl_bwd": "KlBackward"}, 2),
-    *_elementwise("actnorm", {"actnorm_fwd": "ActNormForward"}, 1),
-    *_each("actnorm", "actnorm_bwd", "ActNormBackward", _BYTES),
-    *_each("actnorm", "actnorm_finish", "ActNormFinish", _ACCUMULATORS),
-    *_elementwise("conv1x1", {"conv1x1_fwd": "ConvForward", "conv1x1_bwd": "ConvBackward"}, 1),
-    *_each("conv1x1", "conv1x1_finish", "ConvFinish", _ACCUMULATORS),
-    *_each("sums", "finish_sums", "Finish", _ACCUMULATORS),
+    *_steps("coupling", {"coupling_fwd": "CouplingForward", "coupling_bwd": "CouplingBackward"}, _THREE, general=True),
+    *_steps("actnorm", {"actnorm_fwd": "ActNormForward"}, _ONE),
+    *_each("actnorm", {"actnorm_bwd": "ActNormBackward"}, _ONE),
+    *_each("actnorm", {"actnorm_finish": "ActNormFinish"}, _ACCUMULATORS),
+    *_steps("conv1x1", {"conv1x1_fwd": "ConvForward", "conv1x1_bwd": "ConvBackward"}, _ONE),
+    *_each("conv1x1", {"conv1x1_finish": "ConvFinish"}, _ACCUMULATORS),
+    *_each("conv1x1_weights", {"lu_weights_fwd": "Factors", "lu_weights_bwd": "Factors"}, _ONE),
+    *_steps("gaussian", _GAUSSIAN, _THREE),
+    *_steps("gaussian", {"gaussian_kl_fwd": "KlForward", "gaussian_kl_bwd": "KlBackward"}, _TWO),
+    *_each("trace", {"trace_rows": "Rows", "trace_contract": "Contract"}, _ACCUMULATORS),
+    *_steps("trace", {"trace_activation_fwd": "Dual", "trace_activation_bwd": "DualBackward"}, _ACCUMULATORS),
+    *_each("sums", {"finish_sums": "Finish"}, _ACCUMULATORS),
 ]
