@@ -49,7 +49,7 @@ def _each(file: str, kernels: dict[str, str], types: Iterable[tuple[str, ...]]) 
 def _steps(
     file: str, kernels: dict[str, str], types: Iterable[tuple[str, ...]], general: bool = False
 ) -> list[Instance]:
-    """The same in single and wide steps. With ``general`` kernels take that too, and have an instance where it is set."""
+    """The same in single and wide steps; kernels that take ``general`` too have an instance where it is set."""
     return [
         Instance(file, kernel, arguments, (*t, *rest))
         for kernel, arguments in kernels.items()
