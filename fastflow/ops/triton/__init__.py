@@ -5,6 +5,10 @@ def unavailable():
     return "to be written"
 
 
+def description():
+    return ""
+
+
 def refuses(tensors):
     return None
 
