@@ -3,7 +3,7 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
-CPP := $(shell find csrc -name '*.h' -o -name '*.cpp')
+CPP := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 SOURCES := setup.py pyproject.toml MANIFEST.in README.md constraints.txt $(CPP) $(shell find fastflow -name '*.py')
 
 .PHONY: demo test bench gpu lint clean

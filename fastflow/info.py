@@ -10,16 +10,18 @@ from collections.abc import Iterator
 import torch
 
 import fastflow
-from fastflow.ops import _backend, cpu
+from fastflow.ops import _backend
+from fastflow.testing.selftest import cache_folder
 
 __all__ = ["add_arguments", "run"]
 
-OPTIONAL = {
-    "train": ("numpy", "safetensors", "tqdm", "matplotlib", "pillow", "scikit-learn"),
-    "bench": ("pytest", "pytest-benchmark"),
-    "peers": ("normflows", "nflows", "zuko", "FrEIA", "torchdiffeq"),
-}
-GPU = "this release has no kernels for it; CUDA tensors run on the reference"
+# package -> the extra that has it
+OPTIONAL = (
+    {"cupy-cuda13x": "cuda13", "cupy-cuda12x": "cuda12", "triton": "triton", "nvidia-cuda-nvrtc": "nvrtc"},
+    dict.fromkeys(("numpy", "safetensors", "tqdm", "matplotlib", "pillow", "scikit-learn"), "train"),
+    dict.fromkeys(("pytest", "pytest-benchmark"), "bench"),
+    dict.fromkeys(("normflows", "nflows", "zuko", "FrEIA", "torchdiffeq"), "peers"),
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,17 +42,17 @@ def lines() -> Iterator[tuple[str, str]]:
     yield "cuda device", torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     yield "", ""
     yield "cpu capability", torch.backends.cpu.get_cpu_capability()
-    yield "cpu library", cpu.description()
     yield "threads of torch", str(torch.get_num_threads())
     yield "", ""
-    for name, reason in _backend.reasons().items():
-        yield f"backend {name}", "available" if reason is None else f"not available: {reason}"
-    for name in ("cuda", "triton"):
-        if name not in _backend.BACKENDS:
-            yield f"backend {name}", f"not available: {GPU}"
-    for extra, packages in OPTIONAL.items():
+    for name, backend in _backend.NATIVE.items():
+        reason = backend.unavailable()
+        yield f"backend {name}", f"not available: {reason}" if reason else f"available: {backend.description()}"
+    yield "backend reference", "available"
+    passed = cache_folder() / "selftest"
+    yield "self-tests passed", f"{len(list(passed.glob('*')))} in {passed}"
+    for packages in OPTIONAL:
         yield "", ""
-        for package in packages:
+        for package, extra in packages.items():
             yield package, _version(package) or f"not installed (pip install 'fastflow[{extra}]')"
 
 

@@ -8,6 +8,7 @@ import pytest
 
 from fastflow.__main__ import COMMANDS, main
 from fastflow.bench import table
+from fastflow.ops._backend import NATIVE
 
 
 def call(*arguments, block=()):
@@ -31,8 +32,18 @@ def one_line(capsys, *arguments):
 def test_info(capsys):
     assert main(["info"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    for word in ("fastflow", "python", "torch", "cpu library", "backend cpu", "backend reference", "backend cuda"):
+    for word in ("fastflow", "python", "torch", "backend cpu", "backend reference", "backend cuda", "self-tests"):
         assert any(line.startswith(word) for line in lines), word
+
+
+def test_info_describes_what_is_available(monkeypatch, capsys):
+    for name, backend in NATIVE.items():
+        monkeypatch.setattr(backend, "unavailable", lambda: None)
+        monkeypatch.setattr(backend, "description", lambda name=name: f"described {name}")
+    assert main(["info"]) == 0
+    out = capsys.readouterr().out
+    for name in NATIVE:
+        assert f"available: described {name}" in out
 
 
 @pytest.mark.parametrize("command", COMMANDS)

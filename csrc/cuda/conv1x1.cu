@@ -29,7 +29,7 @@ struct Conv {
 constexpr int kRows = 4;  // R: output channels of a thread; it also has 16 bytes of positions
 
 template <class T>
-constexpr int positions_of_thread() {
+FF_HD constexpr int positions_of_thread() {
   return 16 / int(sizeof(T));
 }
 

@@ -20,12 +20,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("family", nargs="?", help="coupling, conv1x1, gaussian, trace or glow (default: all)")
     parser.add_argument("--compare", metavar="FILE", type=Path, help="an earlier --json: shows how the times changed")
     parser.add_argument("--json", metavar="FILE", type=Path, help="where to keep the figures")
+    parser.add_argument("--resources", action="store_true", help="what the CUDA kernels take; no GPU is needed for it")
+    parser.add_argument("--arch", metavar="SM", type=int, default=90, help="of --resources (default: 90)")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Prints the table; 0, or 1 when something is not right, and then no figure."""
     from fastflow.bench import table
 
+    if arguments.resources:
+        return _resources(arguments)
     before = read(arguments.compare) if arguments.compare else None
     _require()
     from fastflow.bench.row import FAMILIES
@@ -42,6 +46,19 @@ def run(arguments: argparse.Namespace) -> int:
     if result is None:
         return 1
     print("\n" + table.text(result, before))
+    if arguments.json:
+        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+    return 0
+
+
+def _resources(arguments: argparse.Namespace) -> int:
+    from fastflow.bench import resources
+
+    families = list(dict.fromkeys(instance.file for instance in resources.usual(None)))
+    if arguments.family not in (None, *families):
+        raise UserError(f"unknown family {arguments.family!r}: expected one of {', '.join(families)}")
+    result = resources.measure(arguments.family, arguments.arch)
+    print(resources.text(result))
     if arguments.json:
         arguments.json.write_text(json.dumps(result, indent=1) + "\n")
     return 0

@@ -8,7 +8,7 @@ from torch import Tensor
 from fastflow.ops._layout import layout
 from fastflow.ops._op import accumulator
 from fastflow.ops.cuda.plan import NULL, Address, Field, Launch, Plan, accumulates, planned
-from fastflow.ops.cuda.source import C_TYPES, Instance, elementwise
+from fastflow.ops.cuda.source import C_TYPES, Instance
 from fastflow.ops.cuda.walk import SHARED, THREADS, Operand, walk
 
 __all__ = ["KERNELS"]
@@ -68,11 +68,3 @@ def actnorm_bwd(x, log_scale, bias, *rest) -> None:
 
 
 KERNELS = {"actnorm_fwd": actnorm_fwd, "actnorm_bwd": actnorm_bwd}
-
-
-def instances() -> list[Instance]:
-    return [
-        *elementwise("actnorm", {"actnorm_fwd": "ActNormForward"}, 1),
-        *(Instance("actnorm", "actnorm_bwd", "ActNormBackward", (t,)) for t in C_TYPES.values()),
-        *(Instance("actnorm", "actnorm_finish", "ActNormFinish", (t,)) for t in ("float", "double")),
-    ]

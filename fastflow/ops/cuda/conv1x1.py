@@ -104,16 +104,3 @@ def conv1x1_bwd(x, weight, gy, *rest) -> None:
 
 
 KERNELS = {"conv1x1_fwd": conv1x1_fwd, "conv1x1_bwd": conv1x1_bwd}
-
-
-def instances() -> list[Instance]:
-    kernels = {"conv1x1_fwd": "ConvForward", "conv1x1_bwd": "ConvBackward"}
-    return [
-        *(
-            Instance("conv1x1", kernel, arguments, (C_TYPES[dtype], str(step)))
-            for kernel, arguments in kernels.items()
-            for dtype in C_TYPES
-            for step in (1, 16 // dtype.itemsize)
-        ),
-        *(Instance("conv1x1", "conv1x1_finish", "ConvFinish", (t,)) for t in ("float", "double")),
-    ]

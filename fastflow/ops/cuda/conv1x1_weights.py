@@ -67,11 +67,3 @@ def lu_weights_bwd(lower, upper, log_s, permutation, sign, log_scale, bias, *res
 
 
 KERNELS = {"lu_weights_fwd": lu_weights_fwd, "lu_weights_bwd": lu_weights_bwd}
-
-
-def instances() -> list[Instance]:
-    return [
-        Instance("conv1x1_weights", kernel, "Factors", (t,))
-        for kernel in ("lu_weights_fwd", "lu_weights_bwd")
-        for t in C_TYPES.values()
-    ]

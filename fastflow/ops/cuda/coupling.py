@@ -10,7 +10,7 @@ from fastflow.ops._layout import Layout, layout, unpack
 from fastflow.ops._op import accumulator
 from fastflow.ops.coupling import Options
 from fastflow.ops.cuda.plan import Address, Field, Launch, Plan, planned
-from fastflow.ops.cuda.source import C_TYPES, Instance, elementwise
+from fastflow.ops.cuda.source import C_TYPES, Instance
 from fastflow.ops.cuda.walk import SHARED, THREADS, Operand, Walk, kind_of, map_fields, sums, walk, wide
 
 __all__ = ["KERNELS"]
@@ -148,7 +148,3 @@ def _wide_amplitude(amplitude: Tensor | None, x: Tensor) -> Tensor | None:
 
 
 KERNELS = {"coupling_fwd": coupling_fwd, "coupling_bwd": coupling_bwd}
-
-
-def instances() -> list[Instance]:
-    return elementwise("coupling", {"coupling_fwd": "CouplingForward", "coupling_bwd": "CouplingBackward"}, 3, True)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastflow.ops._layout import layout, unpack
 from fastflow.ops.cuda.plan import Address, Field, Launch, Plan, planned
-from fastflow.ops.cuda.source import C_TYPES, Instance, elementwise
+from fastflow.ops.cuda.source import C_TYPES, Instance
 from fastflow.ops.cuda.walk import SHARED, Operand, Walk, kind_of, map_fields, sums, walk
 from fastflow.ops.gaussian import HALF_LOG_2PI, Options
 from fastflow.ops.scale_map import KINDS
@@ -163,10 +163,3 @@ KERNELS = {
         gaussian_kl_bwd,
     )
 }
-
-
-def instances() -> list[Instance]:
-    log_prob = {"gaussian_log_prob_fwd": "LogProbForward", "gaussian_log_prob_bwd": "LogProbBackward"}
-    sample = {"gaussian_sample_fwd": "SampleForward", "gaussian_sample_bwd": "SampleBackward"}
-    kl = {"gaussian_kl_fwd": "KlForward", "gaussian_kl_bwd": "KlBackward"}
-    return [*elementwise("gaussian", log_prob | sample, 3), *elementwise("gaussian", kl, 2)]

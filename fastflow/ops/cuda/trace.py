@@ -94,17 +94,3 @@ def trace_layer_bwd(g, weight, kept, y, gweight, previous, activation: int) -> N
 
 
 KERNELS = {run.__name__: run for run in (trace_rows, trace_rows_bwd, trace_contract, trace_layer_fwd, trace_layer_bwd)}
-
-
-def instances() -> list[Instance]:
-    both = ("float", "double")
-    return [
-        *(Instance("trace", "trace_rows", "Rows", (t,)) for t in both),
-        *(Instance("trace", "trace_contract", "Contract", (t,)) for t in both),
-        *(
-            Instance("trace", kernel, arguments, (t, step))
-            for kernel, arguments in (("trace_activation_fwd", "Dual"), ("trace_activation_bwd", "DualBackward"))
-            for t, steps in (("float", "14"), ("double", "12"))
-            for step in steps
-        ),
-    ]

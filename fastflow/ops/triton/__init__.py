@@ -63,6 +63,11 @@ def unavailable() -> str | None:
     return None if _cuda else "torch sees no CUDA device, and TRITON_INTERPRET=1 is not set"
 
 
+def description() -> str:
+    """What compiles the kernels."""
+    return f"Triton {_version}{', interpreted' if _interpreting else ''}"
+
+
 def refuses(tensors: Iterable[Tensor | None]) -> str | None:
     """Why the Triton kernels cannot serve these tensors; None if they can."""
     for tensor in tensors:

@@ -1,0 +1,85 @@
+"""What an instance of a kernel is, and the usual ones of every family.
+
+An install compiles these ahead (FASTFLOW_CUDA_ARCHS) and the resource table lists them; any other is compiled when met.
+setup.py runs this file by itself, where there is no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+__all__ = ["USUAL", "Instance"]
+
+
+class Instance(NamedTuple):
+    """``kernel<parameters>`` of csrc/cuda/``file``.cu, which takes one struct ``arguments``."""
+
+    file: str
+    kernel: str
+    arguments: str
+    parameters: tuple[str, ...] = ()
+    threads: int = 256
+
+    @property
+    def name(self) -> str:
+        """The function's name in the compiled module."""
+        return "_".join(("fastflow", self.kernel, *self.parameters))
+
+    @property
+    def entry(self) -> str:
+        template = f"<{', '.join(self.parameters)}>" if self.parameters else ""
+        # in parentheses: the commas of the parameters are not those of the macro
+        return f"FF_ENTRY({self.name}, ({self.kernel}{template}), {self.arguments}, {self.threads})"
+
+
+_BYTES = {"float": 4, "double": 8, "BFloat16": 2, "Half": 2}
+_ONE = [(s,) for s in _BYTES]
+# x and its parameters: alike, or half precision beside float32
+_TWO = [*((s, s) for s in _BYTES), ("float", "BFloat16"), ("float", "Half")]
+_THREE = [(s, t, t) for s, t in _TWO]  # of the parameters a second set is a tensor of its own
+_ACCUMULATORS = [("float",), ("double",)]
+
+
+def _each(file: str, kernels: dict[str, str], types: Iterable[tuple[str, ...]]) -> list[Instance]:
+    """``{kernel: arguments}`` with each of the types."""
+    return [Instance(file, kernel, arguments, t) for kernel, arguments in kernels.items() for t in types]
+
+
+def _steps(
+    file: str, kernels: dict[str, str], types: Iterable[tuple[str, ...]], general: bool = False
+) -> list[Instance]:
+    """The same in single and wide steps; kernels that take ``general`` too have an instance where it is set."""
+    return [
+        Instance(file, kernel, arguments, (*t, *rest))
+        for kernel, arguments in kernels.items()
+        for t in types
+        for rest in _rest(16 // max(_BYTES[s] for s in t), general)
+    ]
+
+
+def _rest(wide: int, general: bool) -> list[tuple[str, ...]]:
+    return [("1", "0"), (str(wide), "0"), ("1", "1")] if general else [("1",), (str(wide),)]
+
+
+_GAUSSIAN = {
+    "gaussian_log_prob_fwd": "LogProbForward",
+    "gaussian_log_prob_bwd": "LogProbBackward",
+    "gaussian_sample_fwd": "SampleForward",
+    "gaussian_sample_bwd": "SampleBackward",
+}
+
+USUAL = [
+    *_steps("coupling", {"coupling_fwd": "CouplingForward", "coupling_bwd": "CouplingBackward"}, _THREE, general=True),
+    *_steps("actnorm", {"actnorm_fwd": "ActNormForward"}, _ONE),
+    *_each("actnorm", {"actnorm_bwd": "ActNormBackward"}, _ONE),
+    *_each("actnorm", {"actnorm_finish": "ActNormFinish"}, _ACCUMULATORS),
+    *_steps("conv1x1", {"conv1x1_fwd": "ConvForward", "conv1x1_bwd": "ConvBackward"}, _ONE),
+    *_each("conv1x1", {"conv1x1_finish": "ConvFinish"}, _ACCUMULATORS),
+    *_each("conv1x1_weights", {"lu_weights_fwd": "Factors", "lu_weights_bwd": "Factors"}, _ONE),
+    *_steps("gaussian", _GAUSSIAN, _THREE),
+    *_steps("gaussian", {"gaussian_kl_fwd": "KlForward", "gaussian_kl_bwd": "KlBackward"}, _TWO),
+    *_each("trace", {"trace_rows": "Rows", "trace_contract": "Contract"}, _ACCUMULATORS),
+    *_steps("trace", {"trace_activation_fwd": "Dual", "trace_activation_bwd": "DualBackward"}, _ACCUMULATORS),
+    *_each("sums", {"finish_sums": "Finish"}, _ACCUMULATORS),
+]
