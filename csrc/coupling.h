@@ -18,8 +18,9 @@ struct CouplingValue {
   T y, log_m;
 };
 
-template <int kind, bool add_first, class T>
-FF_HD CouplingValue<T> coupling(T x, T t, T h, T amplitude, const CouplingConstants<T>& c) {
+// `add_first` and `from_output` are constants on the CPU, whose loops must not branch
+template <int kind, class T>
+FF_HD CouplingValue<T> coupling(T x, T t, T h, T amplitude, const CouplingConstants<T>& c, bool add_first) {
   const ScaleSlope<T> scale = scale_slope<kind>(h, amplitude, c.map);
   const T m = multiplier<kind>(scale, c.sign);
   const T shift = c.shift_gain * t;
@@ -32,8 +33,9 @@ struct CouplingGrad {
 };
 
 // `value` is x, or y when from_output: x m is then y - g t (or y), so nothing is ever divided
-template <int kind, bool add_first, bool from_output, class T>
-FF_HD CouplingGrad<T> coupling_grad(T value, T t, T h, T amplitude, T gy, T glogdet, const CouplingConstants<T>& c) {
+template <int kind, class T>
+FF_HD CouplingGrad<T> coupling_grad(T value, T t, T h, T amplitude, T gy, T glogdet, const CouplingConstants<T>& c,
+                                    bool add_first, bool from_output) {
   const ScaleSlope<T> scale = scale_slope<kind>(h, amplitude, c.map);
   const T m = multiplier<kind>(scale, c.sign);
   const T shift = c.shift_gain * t;

@@ -285,7 +285,7 @@ FF_D void reversed(const Reversed& a) {{
   {barrier}
   reinterpret_cast<float*>(a.to)[threadIdx.x] = shared[a.n - 1 - threadIdx.x + {beyond}];
 }}
-FF_ENTRY(planted, (reversed), Reversed, 64)
+FF_ENTRY(planted, (reversed), Reversed, 64, 1)
 }}
 """
 

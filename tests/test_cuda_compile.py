@@ -15,8 +15,6 @@ from fastflow.train.errors import MissingPackage
 
 NVCC = os.environ.get("CUDACXX") or shutil.which("nvcc")
 REDUCTIONS = ("gaussian_log_prob_fwd", "gaussian_kl_fwd")  # which store a number per sample
-# bytes that ptxas spills in order to fit another block on a multiprocessor; __launch_bounds__(threads, 1) would stop it
-SPILLS = {"conv1x1_fwd": 32, "gaussian_log_prob_fwd": 124, "gaussian_kl_fwd": 308, "gaussian_kl_bwd": 64}
 FILES = list(dict.fromkeys(instance.file for instance in USUAL))
 
 
@@ -59,8 +57,8 @@ def test_instance(compiler, instance, arch):
     found = resources.resources(instance, compiled)
     assert 0 < found.registers <= 65536 // instance.threads
     if "double" not in instance.parameters:
-        assert found.spills <= SPILLS.get(instance.kernel, 0), found
-        assert found.stack <= found.spills, found  # an array with a computed index would be there too
+        assert found.spills == 0, found
+        assert found.stack == 0, found  # an array with a computed index would be there
     step = next((parameter for parameter in instance.parameters if parameter.isdigit()), "1")
     if step != "1":
         assert found.loads.get(16), found
@@ -76,7 +74,9 @@ def test_families():
 # --- the measure itself -----------------------------------------------------------------------------
 
 PLANTED = Instance("planted", "planted", "Planted", ("4",), 1024)
-HEAD = '#define FF_ENTRY(name, kernel, A, n) extern "C" __global__ void __launch_bounds__(n) name(A a) { kernel(a); }\n'
+HEAD = (
+    '#define FF_ENTRY(name, kernel, A, n, m) extern "C" __global__ void __launch_bounds__(n) name(A a) { kernel(a); }\n'
+)
 TEXT = f"""{HEAD}
 struct Planted {{ float* x; long n; }};
 template <int N> __device__ void planted(const Planted& a) {{

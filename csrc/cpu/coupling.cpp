@@ -133,7 +133,7 @@ inline __attribute__((always_inline)) void forward_run(const T* x, const T* t, c
                                                        T* y, T* log_m, int64_t n, const CouplingConstants<T> c) {
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) {
-    const auto r = coupling<kind, add_first>(x[i], t[i], h[i], elementwise ? a[i] : c.map.amplitude, c);
+    const auto r = coupling<kind>(x[i], t[i], h[i], elementwise ? a[i] : c.map.amplitude, c, add_first);
     if constexpr (elementwise) {
       y[i] = on[i] != T(0) ? r.y : x[i];
       log_m[i] = on[i] != T(0) ? r.log_m : T(0);
@@ -157,8 +157,8 @@ inline __attribute__((always_inline)) void backward_run(const T* x, const T* t, 
                                                         int64_t n, const CouplingConstants<T> c) {
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) {
-    const auto r = coupling_grad<kind, add_first, from_output>(x[i], t[i], h[i], elementwise ? a[i] : c.map.amplitude,
-                                                               gy[i], glogdet[i], c);
+    const auto r = coupling_grad<kind>(x[i], t[i], h[i], elementwise ? a[i] : c.map.amplitude, gy[i], glogdet[i], c,
+                                       add_first, from_output);
     if constexpr (elementwise) {
       gx[i] = on[i] != T(0) ? r.gx : gy[i];
       gt[i] = on[i] != T(0) ? r.gt : T(0);

@@ -78,32 +78,29 @@ FF_D void coupling_fwd(const CouplingForward& a) {
   const Team team(in.walk);
   const auto c = in.constants<T>();
   T sum = 0;
+  const bool add_first = in.add_first;
   with_kind(in.kind, [&](auto kind) {
-    with_bool(in.add_first, [&](auto add_first) {
-      const auto value = [&](T x, T t, T h, T amplitude) {
-        return coupling<decltype(kind)::value, bool(decltype(add_first)::value)>(x, t, h, amplitude, c);
-      };
-      each_step<V, general>(in.walk, team, [&](const Position<general>& p) {
-        T x[V], t[V], h[V], y[V];
-        load<X>(in.x, p, x);
-        load<P>(in.t, p, t);
-        load<H>(in.h, p, h);
-        if constexpr (general) {
-          const auto r = value(x[0], t[0], h[0], in.amplitude_at(p, c.map.amplitude));
-          const bool on = in.active(p);
-          y[0] = on ? r.y : x[0];
-          sum += !p.valid ? not_a_number<T>() : on ? r.log_m : T(0);
-          if (!p.valid) return;
-        } else {
+    each_step<V, general>(in.walk, team, [&](const Position<general>& p) {
+      T x[V], t[V], h[V], y[V];
+      load<X>(in.x, p, x);
+      load<P>(in.t, p, t);
+      load<H>(in.h, p, h);
+      if constexpr (general) {
+        const auto r =
+            coupling<decltype(kind)::value>(x[0], t[0], h[0], in.amplitude_at(p, c.map.amplitude), c, add_first);
+        const bool on = in.active(p);
+        y[0] = on ? r.y : x[0];
+        sum += !p.valid ? not_a_number<T>() : on ? r.log_m : T(0);
+        if (!p.valid) return;
+      } else {
 #pragma unroll
-          for (int v = 0; v < V; ++v) {
-            const auto r = value(x[v], t[v], h[v], c.map.amplitude);
-            y[v] = r.y;
-            sum += r.log_m;
-          }
+        for (int v = 0; v < V; ++v) {
+          const auto r = coupling<decltype(kind)::value>(x[v], t[v], h[v], c.map.amplitude, c, add_first);
+          y[v] = r.y;
+          sum += r.log_m;
         }
-        store<X>(a.y, p, y);
-      });
+      }
+      store<X>(a.y, p, y);
     });
   });
   add_up<T>(in.walk, team, a.sums, double(sum));
@@ -128,38 +125,34 @@ FF_D void coupling_bwd(const CouplingBackward& a) {
   if (!team.active) return;
   const auto c = in.constants<T>();
   const T glogdet = reinterpret_cast<const T*>(a.glogdet)[team.b * a.glogdet_stride];
+  const bool add_first = in.add_first, from_output = a.from_output;
   with_kind(in.kind, [&](auto kind) {
-    with_bool(in.add_first, [&](auto add_first) {
-      with_bool(a.from_output, [&](auto from_output) {
-        const auto grad = [&](T x, T t, T h, T amplitude, T gy) {
-          return coupling_grad<decltype(kind)::value, bool(decltype(add_first)::value),
-                               bool(decltype(from_output)::value)>(x, t, h, amplitude, gy, glogdet, c);
-        };
-        each_step<V, general>(in.walk, team, [&](const Position<general>& p) {
-          T x[V], t[V], h[V], gy[V], gx[V], gt[V], gh[V];
-          load<X>(in.x, p, x);
-          load<P>(in.t, p, t);
-          load<H>(in.h, p, h);
-          load<X>(a.gy, p, gy);
-          if constexpr (general) {
-            const auto r = grad(x[0], t[0], h[0], in.amplitude_at(p, c.map.amplitude), gy[0]);
-            const bool on = in.active(p);
-            const T ga[1] = {on ? r.gamplitude : T(0)};
-            gx[0] = on ? r.gx : gy[0], gt[0] = on ? r.gt : T(0), gh[0] = on ? r.gh : T(0);
-            if (!p.valid) return;
-            store<T>(a.gamplitude, p, ga);
-          } else {
+    const auto grad = [&](T x, T t, T h, T amplitude, T gy) {
+      return coupling_grad<decltype(kind)::value>(x, t, h, amplitude, gy, glogdet, c, add_first, from_output);
+    };
+    each_step<V, general>(in.walk, team, [&](const Position<general>& p) {
+      T x[V], t[V], h[V], gy[V], gx[V], gt[V], gh[V];
+      load<X>(in.x, p, x);
+      load<P>(in.t, p, t);
+      load<H>(in.h, p, h);
+      load<X>(a.gy, p, gy);
+      if constexpr (general) {
+        const auto r = grad(x[0], t[0], h[0], in.amplitude_at(p, c.map.amplitude), gy[0]);
+        const bool on = in.active(p);
+        const T ga[1] = {on ? r.gamplitude : T(0)};
+        gx[0] = on ? r.gx : gy[0], gt[0] = on ? r.gt : T(0), gh[0] = on ? r.gh : T(0);
+        if (!p.valid) return;
+        store<T>(a.gamplitude, p, ga);
+      } else {
 #pragma unroll
-            for (int v = 0; v < V; ++v) {
-              const auto r = grad(x[v], t[v], h[v], c.map.amplitude, gy[v]);
-              gx[v] = r.gx, gt[v] = r.gt, gh[v] = r.gh;
-            }
-          }
-          store<X>(a.gx, p, gx);
-          store<P>(a.gt, p, gt);
-          store<H>(a.gh, p, gh);
-        });
-      });
+        for (int v = 0; v < V; ++v) {
+          const auto r = grad(x[v], t[v], h[v], c.map.amplitude, gy[v]);
+          gx[v] = r.gx, gt[v] = r.gt, gh[v] = r.gh;
+        }
+      }
+      store<X>(a.gx, p, gx);
+      store<P>(a.gt, p, gt);
+      store<H>(a.gh, p, gh);
     });
   });
 }

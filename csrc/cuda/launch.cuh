@@ -7,9 +7,9 @@
 #if !defined(FF_EMULATE)
 // One instance of a kernel template as a function that can be found by its name. Arguments come as one struct of 8-byte
 // fields.
-#define FF_ENTRY(name, kernel, Arguments, threads)                                                          \
-  extern "C" __global__ void __launch_bounds__(threads) name(const __grid_constant__ Arguments arguments) { \
-    kernel(arguments);                                                                                      \
+#define FF_ENTRY(name, kernel, Arguments, threads, resident)                                                          \
+  extern "C" __global__ void __launch_bounds__(threads, resident) name(const __grid_constant__ Arguments arguments) { \
+    kernel(arguments);                                                                                                \
   }
 // the dynamic shared memory of a block
 #define FF_SHARED(T, name)                                    \
@@ -39,14 +39,6 @@ template <int number>
 struct Constant {
   static constexpr int value = number;
 };
-
-template <class F>
-FF_HD void with_bool(bool value, const F& f) {
-  if (value)
-    f(Constant<1>());
-  else
-    f(Constant<0>());
-}
 
 // f(Constant<number>()) where it is one of those listed
 template <int first, int... rest, class F>

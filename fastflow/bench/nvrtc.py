@@ -13,6 +13,8 @@ from typing import NamedTuple
 from fastflow.ops.cuda.load import OPTIONS
 from fastflow.train.errors import MissingPackage
 
+BY_CUPY = ("--device-as-default-execution-space", "-ftz=true")  # what CuPy adds of its own
+
 __all__ = ["CompileError", "Compiled", "compiled", "version"]
 
 
@@ -33,7 +35,7 @@ def compiled(text: str, arch: int) -> Compiled:
     library, program = _library(), ctypes.c_void_p()
     _check(library.nvrtcCreateProgram(ctypes.byref(program), text.encode(), b"fastflow.cu", 0, None, None))
     try:
-        words = [*OPTIONS, f"--gpu-architecture=sm_{arch}", "--ptxas-options=-v"]
+        words = [*OPTIONS, *BY_CUPY, f"--gpu-architecture=sm_{arch}", "--ptxas-options=-v"]
         array = (ctypes.c_char_p * len(words))(*map(str.encode, words))
         code = library.nvrtcCompileProgram(program, len(words), array)
         log = _result(program, "ProgramLog").rstrip(b"\0 \n").decode()

@@ -196,7 +196,7 @@ T __shfl_xor_sync(unsigned, T value, int lanes) {
 
 #define FF_SHARED(T, name) T* const name = reinterpret_cast<T*>(emulation::block.shared.data())
 
-#define FF_ENTRY(name, kernel, Arguments, threads)                                          \
+#define FF_ENTRY(name, kernel, Arguments, threads, resident)                                \
   extern "C" void name(unsigned blocks, unsigned size, size_t shared, const void* packed) { \
     const Arguments& arguments = *static_cast<const Arguments*>(packed);                    \
     emulation::launch(blocks, size, shared, [&] { kernel(arguments); });                    \

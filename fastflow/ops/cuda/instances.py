@@ -12,6 +12,9 @@ from typing import NamedTuple
 __all__ = ["USUAL", "Instance"]
 
 
+RESIDENT = {"coupling_bwd": 2, "gaussian_kl_bwd": 2, "conv1x1_bwd": 2}  # those that would spill with three
+
+
 class Instance(NamedTuple):
     """``kernel<parameters>`` of csrc/cuda/``file``.cu, which takes one struct ``arguments``."""
 
@@ -27,10 +30,15 @@ class Instance(NamedTuple):
         return "_".join(("fastflow", self.kernel, *self.parameters))
 
     @property
+    def resident(self) -> int:
+        """Blocks of a multiprocessor that registers are kept for: three have 80 each, which is what most need."""
+        return RESIDENT.get(self.kernel, 3) - ("double" in self.parameters)
+
+    @property
     def entry(self) -> str:
         template = f"<{', '.join(self.parameters)}>" if self.parameters else ""
         # in parentheses: the commas of the parameters are not those of the macro
-        return f"FF_ENTRY({self.name}, ({self.kernel}{template}), {self.arguments}, {self.threads})"
+        return f"FF_ENTRY({self.name}, ({self.kernel}{template}), {self.arguments}, {self.threads}, {self.resident})"
 
 
 _BYTES = {"float": 4, "double": 8, "BFloat16": 2, "Half": 2}
