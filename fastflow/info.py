@@ -45,8 +45,9 @@ def lines() -> Iterator[tuple[str, str]]:
     yield "threads of torch", str(torch.get_num_threads())
     yield "", ""
     for name, backend in _backend.NATIVE.items():
+        description = backend.description()  # looks closer than what is asked before every call
         reason = backend.unavailable()
-        yield f"backend {name}", f"not available: {reason}" if reason else f"available: {backend.description()}"
+        yield f"backend {name}", f"not available: {reason}" if reason else f"available: {description}"
     yield "backend reference", "available"
     passed = cache_folder() / "selftest"
     yield "self-tests passed", f"{len(list(passed.glob('*')))} in {passed}"

@@ -1,5 +1,8 @@
 """The CUDA kernels without a GPU: run by emulation, and everything around them that a GPU is not needed for."""
 
+import importlib.util
+import sys
+import types
 from pathlib import Path
 
 import emulation
@@ -10,7 +13,7 @@ from fastflow import BackendError, ops, testing, use_backend
 from fastflow.models import Glow
 from fastflow.ops import _backend
 from fastflow.ops.cuda import load, source
-from fastflow.ops.cuda.source import Instance
+from fastflow.ops.cuda.instances import USUAL, Instance
 from fastflow.testing import selftest
 
 ROOT = Path(__file__).parent.parent
@@ -239,6 +242,90 @@ def test_a_kernel_that_does_not_compile_is_a_reason(tested, monkeypatch):
     monkeypatch.setattr(source, "text", lambda *instances: "#error nothing works today")
     with pytest.raises(BackendError, match="nothing works today"):
         ops.gaussian_log_prob(torch.zeros(2, 3), backend="cuda")
+
+
+# --- CuPy, as far as it can be without a GPU ------------------------------------------------------------
+
+
+class FakeCuPy(types.ModuleType):
+    """What is used of CuPy, with the calls it got. Its functions are those of the emulation."""
+
+    __version__ = "0"
+
+    def __init__(self, driver):
+        super().__init__("cupy")
+        self.driver, self.compiled, self.launches = driver, [], []
+        runtime = types.SimpleNamespace(runtimeGetVersion=lambda: 13000)
+        error = types.SimpleNamespace(CUDADriverError=KeyError)
+        self.cuda = types.SimpleNamespace(runtime=runtime, driver=error, ExternalStream=lambda *a: ("stream", *a))
+
+    def RawModule(self, code=None, path=None, options=()):
+        def get_function(name):
+            if path is not None:
+                raise KeyError(name)  # an architecture that the binary does not have
+            self.compiled.append((name, options))
+            (instance,) = (i for i in USUAL if i.name == name)
+
+            def function(grid, block, arguments, shared_mem, stream):
+                (packed,) = arguments
+                assert packed.size == 1 and block == (instance.threads,)
+                self.launches.append((name, grid, shared_mem, stream))
+                self.driver.launch(instance, torch.device("cpu"), grid[0], shared_mem, packed.tobytes())
+
+            function.kernel = None
+            return function
+
+        return types.SimpleNamespace(get_function=get_function)
+
+
+@pytest.fixture
+def through_cupy(emulated, monkeypatch):
+    fake = FakeCuPy(emulated)
+    stream = types.SimpleNamespace(cuda_stream=7)
+    monkeypatch.setitem(sys.modules, "cupy", fake)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: fake)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    driver = load.CuPy()
+    driver.device_type = "cpu"
+    load.use_driver(driver)
+    return fake
+
+
+def test_launches_on_the_current_stream(through_cupy):
+    x, h = torch.randn(3, 4, 5, 5), torch.randn(3, 8, 5, 5)
+    for _ in range(2):
+        z, logdet = ops.affine_coupling(x, h, backend="cuda")
+    expected = ops.affine_coupling(x, h, backend="reference")
+    torch.testing.assert_close((z, logdet), expected)
+    assert len(through_cupy.compiled) == 1 and len(through_cupy.launches) == 2
+    assert all(launch[3] == ("stream", 7, None) for launch in through_cupy.launches)
+
+
+def test_nothing_is_loaded_within_a_cuda_graph(through_cupy, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match="make the call once before"):
+        ops.gaussian_log_prob(torch.zeros(2, 3), backend="cuda")
+
+
+def test_binaries_are_preferred_where_they_serve(through_cupy, monkeypatch, tmp_path):
+    """One that lacks this GPU's architecture does not: the kernel is compiled."""
+    asked = []
+    monkeypatch.setattr(source, "binary", lambda file: asked.append(file) or tmp_path)
+    ops.gaussian_log_prob(torch.zeros(2, 3), backend="cuda")
+    assert asked == ["gaussian"] and len(through_cupy.compiled) == 1
+
+
+def test_a_cupy_that_does_not_work_is_a_reason(through_cupy, monkeypatch):
+    def broken():
+        raise OSError("the driver is too old")
+
+    monkeypatch.setattr(through_cupy.cuda.runtime, "runtimeGetVersion", broken)
+    assert load.driver().unavailable() is None
+    assert "the driver is too old" in load.driver().description()
+    assert "the driver is too old" in load.driver().unavailable()
 
 
 # --- sources ----------------------------------------------------------------------------------------

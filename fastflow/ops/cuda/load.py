@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib.util
 import sys
 import time
 import types
@@ -51,36 +52,43 @@ class CuPy:
     def __init__(self) -> None:
         self._loaded: dict[tuple[Instance, int], Loaded] = {}
         self._streams: dict[tuple[int, int], Any] = {}
-
-    @functools.cached_property
-    def _state(self) -> tuple[types.ModuleType | None, str]:
-        """(cupy, its version) or (None, why there is none)"""
-        if not torch.cuda.is_available():
-            return None, "torch sees no CUDA device"
-        try:
-            import cupy
-
-            toolkit = cupy.cuda.runtime.runtimeGetVersion()
-        except ImportError as error:
-            return None, f"it needs CuPy ({error}): pip install 'fastflow[cuda13]' or 'fastflow[cuda12]'"
-        except Exception as error:  # an old driver, or a build of CuPy for another version of CUDA
-            return None, f"CuPy does not work here ({' '.join(str(error).split())[:200]})"
-        if not source.folder().is_dir():
-            return None, "the CUDA sources were not installed with this package"
-        return cupy, f"CuPy {cupy.__version__}, CUDA {toolkit // 1000}.{toolkit % 1000 // 10}"
+        # torch.compile traces through the question whether this backend serves: what it asks is found out before
+        self._gpu: bool | None = None
+        self._missing = None
+        if not importlib.util.find_spec("cupy"):
+            self._missing = "CuPy is not installed: pip install 'fastflow[cuda13]' or 'fastflow[cuda12]'"
+        elif not source.folder().is_dir():
+            self._missing = "the CUDA sources were not installed with this package"
 
     def unavailable(self) -> str | None:
-        cupy, words = self._state
-        return words if cupy is None else None
+        """What is known without starting CuPy; a CuPy that does not work fails the self-test."""
+        if self._gpu is None:  # asked late: it starts the driver
+            self._gpu = torch.cuda.is_available()
+        return self._missing if self._gpu else "torch sees no CUDA device"
 
     def description(self) -> str:
-        return self._state[1]
+        if (reason := self.unavailable()) is not None:
+            return reason
+        try:
+            version = self._cupy.cuda.runtime.runtimeGetVersion()
+        except Exception as error:  # an old driver, or a build of CuPy for another version of CUDA
+            self._missing = f"CuPy does not work here ({' '.join(str(error).split())[:200]})"
+            return self._missing
+        return f"CuPy {self._cupy.__version__}, CUDA {version // 1000}.{version % 1000 // 10}"
+
+    @functools.cached_property
+    def _cupy(self) -> types.ModuleType:
+        return importlib.import_module("cupy")
+
+    @functools.cached_property
+    def _several(self) -> bool:
+        return torch.cuda.device_count() > 1
 
     def launch(self, instance: Instance, device: torch.device, blocks: int, shared: int, arguments: bytes) -> None:
-        if torch.cuda.device_count() == 1:
+        if not self._several:
             return self._launch(instance, device, blocks, shared, arguments)
         # CuPy may have a runtime of its own, with a current device of its own
-        with torch.cuda.device(device), self._state[0].cuda.Device(device.index):
+        with torch.cuda.device(device), self._cupy.cuda.Device(device.index):
             self._launch(instance, device, blocks, shared, arguments)
 
     def _launch(self, instance: Instance, device: torch.device, blocks: int, shared: int, arguments: bytes) -> None:
@@ -89,11 +97,11 @@ class CuPy:
             loaded = self._loaded[instance, device.index] = Loaded(self._load(instance))
         if shared > loaded.shared:
             loaded.function.max_dynamic_shared_size_bytes = loaded.shared = shared
-        cupy, numpy = self._state[0], sys.modules["numpy"]
+        numpy = sys.modules["numpy"]  # CuPy has imported it
         pointer = torch.cuda.current_stream(device).cuda_stream
         stream = self._streams.get((pointer, device.index))
         if stream is None:
-            stream = self._streams[pointer, device.index] = cupy.cuda.ExternalStream(pointer, device.index)
+            stream = self._streams[pointer, device.index] = self._cupy.cuda.ExternalStream(pointer, device.index)
         packed = numpy.frombuffer(arguments, dtype=f"V{len(arguments)}")  # one element: it is passed by value
         loaded.function((blocks,), (instance.threads,), (packed,), shared_mem=shared, stream=stream)
 
@@ -110,15 +118,15 @@ class CuPy:
         if path is None:
             return None
         try:
-            function = self._state[0].RawModule(path=str(path)).get_function(instance.name)
+            function = self._cupy.RawModule(path=str(path)).get_function(instance.name)
             function.kernel  # noqa: B018  loads it: an instance or an architecture may not be in the file
-        except self._state[0].cuda.driver.CUDADriverError:
+        except self._cupy.cuda.driver.CUDADriverError:
             return None
         return function
 
     def _compile(self, instance: Instance) -> Any:
         start = time.perf_counter()
-        function = self._state[0].RawModule(code=source.text(instance), options=OPTIONS).get_function(instance.name)
+        function = self._cupy.RawModule(code=source.text(instance), options=OPTIONS).get_function(instance.name)
         function.kernel  # noqa: B018  compiles
         if (seconds := time.perf_counter() - start) > 0.5:  # not from the cache
             print(f"fastflow: compiled {instance.name} in {seconds:.1f} s", file=sys.stderr, flush=True)
