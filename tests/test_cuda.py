@@ -7,6 +7,7 @@ from pathlib import Path
 
 import emulation
 import pytest
+import sanitizers
 import torch
 
 from fastflow import BackendError, ops, testing, use_backend
@@ -399,9 +400,10 @@ print("right" if torch.equal(y, x.flip(0)) else "wrong")
 """
 
 
-def planted(libraries, barrier="__syncthreads();", beyond=0, flags="", **environment):
+def planted(libraries, barrier="__syncthreads();", beyond=0, flags=""):
     text = PLANTED.format(root=ROOT, barrier=barrier, beyond=beyond)
-    return emulation.python(RUN, libraries, flags, text, **environment)
+    run = sanitizers.run_sanitized if flags else sanitizers.run
+    return run(RUN, libraries, flags, text)
 
 
 def test_planted_kernel_without_a_fault(libraries):
@@ -417,11 +419,19 @@ def test_planted_divergent_barrier_is_caught(libraries):
     assert done.returncode != 0 and "wait for each other at different places" in done.stderr
 
 
+@pytest.fixture
+def sanitized(libraries):
+    """The flags, at -O0: an instance then compiles in seconds."""
+    probe = libraries / "probe.cpp"
+    probe.write_text("int probe() { return 0; }\n")
+    sanitizers.compile_library(probe, libraries / "probe.so")
+    return f"-O0 {sanitizers.FLAGS}"
+
+
 @pytest.mark.slow
-def test_planted_read_out_of_bounds_is_caught(libraries):
-    emulation.needs_sanitizers(libraries)
-    assert planted(libraries, flags=emulation.SANITIZE, **emulation.sanitizers()).stdout.strip() == "right"
-    done = planted(libraries, beyond=1, flags=emulation.SANITIZE, **emulation.sanitizers())
+def test_planted_read_out_of_bounds_is_caught(libraries, sanitized):
+    assert planted(libraries, flags=sanitized).stdout.strip() == "right"
+    done = planted(libraries, beyond=1, flags=sanitized)
     assert done.returncode != 0 and "AddressSanitizer: heap-buffer-overflow" in done.stderr
 
 
@@ -446,8 +456,7 @@ print("ran", len(cases))
 
 
 @pytest.mark.slow
-def test_kernels_under_the_sanitizers(libraries):
-    emulation.needs_sanitizers(libraries)
-    done = emulation.python(SANITIZED, libraries, emulation.SANITIZE, **emulation.sanitizers())
+def test_kernels_under_the_sanitizers(libraries, sanitized):
+    done = sanitizers.run_sanitized(SANITIZED, libraries, sanitized)
     assert done.returncode == 0 and "ran" in done.stdout, done.stderr[-4000:]
     assert "runtime error" not in done.stderr, done.stderr[-4000:]

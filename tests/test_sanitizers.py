@@ -4,17 +4,12 @@ The baseline library is built with them and a part of the table runs through it.
 allocator, which the preloaded sanitizer replaces, so a read beyond a tensor is seen; the last test plants one.
 """
 
-import os
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+import sanitizers
 
 ROOT = Path(__file__).parent.parent
-SANITIZE = "-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -O1 -g1"
-CXX = os.environ.get("CXX") or shutil.which("c++")
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not (ROOT / "csrc").is_dir(), reason="needs the checkout")]
 
@@ -57,44 +52,18 @@ print("outside")
 """
 
 
-def file_of(name):
-    return subprocess.run([*CXX.split(), f"-print-file-name={name}"], capture_output=True, text=True).stdout.strip()
-
-
-def run(code, *arguments, **environment):
-    command = [sys.executable, "-c", code, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, **environment})
-
-
-def run_sanitized(code, *arguments):
-    """With the sanitizer in front of malloc, and libstdc++ beside it, whose exceptions it must know from the start."""
-    return run(
-        code,
-        *arguments,
-        LD_PRELOAD=f"{file_of('libasan.so')} {file_of('libstdc++.so')}",
-        ASAN_OPTIONS="detect_leaks=0",
-        UBSAN_OPTIONS="print_stacktrace=1",
-        ATEN_CPU_CAPABILITY="default",
-    )
-
-
 @pytest.fixture(scope="module")
 def planted(tmp_path_factory):
     """A library that reads where it is told to; skips where the compiler lacks the sanitizers."""
-    if CXX is None:
-        pytest.skip("no C++ compiler")
     folder = tmp_path_factory.mktemp("planted")
     source, library = folder / "peek.cpp", folder / "peek.so"
     source.write_text('extern "C" float peek(const float* p, long i) { return p[i]; }\n')
-    command = [*CXX.split(), *SANITIZE.split(), "-shared", "-fPIC", str(source), "-o", str(library)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode or not Path(file_of("libasan.so")).is_file():
-        pytest.skip(f"the compiler lacks the sanitizers: {done.stderr.strip()[:200]}")
+    sanitizers.compile_library(source, library)
     return library
 
 
 def test_planted_read_is_caught(planted):
-    done = run_sanitized(PLANTED, planted)
+    done = sanitizers.run_sanitized(PLANTED, planted, ATEN_CPU_CAPABILITY="default")
     assert "inside" in done.stdout and "outside" not in done.stdout
     assert done.returncode != 0 and "AddressSanitizer: heap-buffer-overflow" in done.stderr
 
@@ -102,9 +71,9 @@ def test_planted_read_is_caught(planted):
 def test_kernels(planted, tmp_path):
     pytest.importorskip("pybind11")
     pytest.importorskip("ninja")
-    built = run(BUILD, tmp_path, FASTFLOW_CXXFLAGS=SANITIZE)
+    built = sanitizers.run(BUILD, tmp_path, cwd=ROOT, FASTFLOW_CXXFLAGS=f"{sanitizers.FLAGS} -O1")
     assert built.returncode == 0, built.stderr[-4000:]
     (library,) = tmp_path.glob("fastflow/_cpu_baseline*")
-    done = run_sanitized(CASES, library)
+    done = sanitizers.run_sanitized(CASES, library, cwd=ROOT, ATEN_CPU_CAPABILITY="default")
     assert done.returncode == 0 and "ran" in done.stdout, done.stderr[-4000:]
     assert "runtime error" not in done.stderr, done.stderr[-4000:]

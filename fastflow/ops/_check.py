@@ -2,12 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
-__all__ = ["floating", "matching", "beside", "logdet_like", "strided"]
+__all__ = ["FLOATING", "floating", "matching", "beside", "logdet_like", "strided", "unsuited"]
 
 FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+PLAIN = (Tensor, torch.nn.Parameter)  # a subclass may hold its values elsewhere
+
+
+def unsuited(tensors: Iterable[Tensor | None], device: str) -> str | None:
+    """Why kernels for this type of device cannot serve these tensors; None if they can."""
+    first = None
+    for tensor in tensors:
+        if tensor is None:
+            continue
+        if tensor.device.type != device:
+            return f"a tensor is on {tensor.device}"
+        if first is None:
+            first = tensor.device
+        elif tensor.device != first:
+            return f"the tensors are on {first} and {tensor.device}"
+        if tensor.dtype not in FLOATING:
+            return f"a tensor has dtype {tensor.dtype}"
+        if type(tensor) not in PLAIN:
+            return f"a tensor is a {type(tensor).__name__}"
+    return None
 
 
 def floating(name: str, tensor: Tensor, dims: int = 2) -> None:

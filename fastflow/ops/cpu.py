@@ -14,8 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-PLAIN = (Tensor, torch.nn.Parameter)  # a subclass may hold its values elsewhere
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+from fastflow.ops._check import FLOATING, unsuited
 
 _LIBRARIES = {"AVX512": ("avx512", "avx2", "baseline"), "AVX2": ("avx2", "baseline")}
 
@@ -30,7 +29,7 @@ def _load() -> tuple[ModuleType | None, str]:
         except ImportError as error:
             failures.append(f"{name}: {error}")
             continue
-        library.set_dtypes(*DTYPES, torch.int64)
+        library.set_dtypes(*FLOATING, torch.int64)
         return library, f"{name} (torch reports {capability})"
     return None, "no compiled library was installed with this package (" + "; ".join(failures) + ")"
 
@@ -53,16 +52,7 @@ def description() -> str:
 
 def refuses(tensors: Iterable[Tensor | None]) -> str | None:
     """Why the CPU kernels cannot serve these tensors; None if they can."""
-    for tensor in tensors:
-        if tensor is None:
-            continue
-        if tensor.device.type != "cpu":
-            return f"a tensor is on {tensor.device}"
-        if tensor.dtype not in DTYPES:
-            return f"a tensor has dtype {tensor.dtype}"
-        if type(tensor) not in PLAIN:
-            return f"a tensor is a {type(tensor).__name__}"
-    return None
+    return unsuited(tensors, "cpu")
 
 
 def kernel(name: str) -> Callable[..., Any]:

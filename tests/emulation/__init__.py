@@ -7,10 +7,8 @@ import hashlib
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
-import pytest
 import torch
 
 from fastflow.ops.cuda import source
@@ -58,40 +56,3 @@ class Emulation:
                 raise RuntimeError(f"{instance.name} does not compile:\n{done.stderr[:4000]}")
             os.replace(f"{library}.part", library)
         return library
-
-
-# --- in a process of its own, under the sanitizers ------------------------------------------------------
-
-SANITIZE = "-O0 -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g1"
-
-
-def python(code: str, *arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Runs ``code`` with this folder's parent on the path."""
-    path = os.pathsep.join([str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")])
-    command = [sys.executable, "-c", code, *map(str, arguments)]
-    return subprocess.run(
-        command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path, **environment}
-    )
-
-
-def _file_of(name: str) -> str:
-    command = [*CXX.split(), f"-print-file-name={name}"]
-    return subprocess.run(command, capture_output=True, text=True).stdout.strip()
-
-
-def sanitizers() -> dict[str, str]:
-    """The sanitizer in front of malloc, and libstdc++ beside it, whose exceptions it must know from the start."""
-    return {
-        "LD_PRELOAD": f"{_file_of('libasan.so')} {_file_of('libstdc++.so')}",
-        "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0",
-        "UBSAN_OPTIONS": "print_stacktrace=1",
-    }
-
-
-def needs_sanitizers(folder: Path) -> None:
-    """Skips where the compiler lacks them."""
-    source = folder / "probe.cpp"
-    source.write_text("int probe() { return 0; }\n")
-    command = [*CXX.split(), *SANITIZE.split(), "-shared", "-fPIC", str(source), "-o", str(folder / "probe.so")]
-    if subprocess.run(command, capture_output=True).returncode or not Path(_file_of("libasan.so")).is_file():
-        pytest.skip("the compiler lacks the sanitizers")

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 
 from torch import Tensor
 
-from fastflow.ops.cpu import DTYPES, PLAIN
+from fastflow.ops._check import unsuited
 from fastflow.ops.cuda import load, source
 
 FAMILIES = ("coupling", "actnorm", "conv1x1", "conv1x1_weights", "gaussian", "trace")
@@ -31,20 +31,7 @@ def description() -> str:
 
 def refuses(tensors: Iterable[Tensor | None]) -> str | None:
     """Why the kernels cannot serve these tensors; None if they can."""
-    device = None
-    for tensor in tensors:
-        if tensor is None:
-            continue
-        if tensor.device.type != load.driver().device_type:
-            return f"a tensor is on {tensor.device}"
-        if device not in (None, tensor.device):
-            return f"the tensors are on {device} and {tensor.device}"
-        device = tensor.device
-        if tensor.dtype not in DTYPES:
-            return f"a tensor has dtype {tensor.dtype}"
-        if type(tensor) not in PLAIN:
-            return f"a tensor is a {type(tensor).__name__}"
-    return None
+    return unsuited(tensors, load.driver().device_type)
 
 
 def kernel(name: str) -> Callable[..., None]:

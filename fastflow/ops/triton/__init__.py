@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastflow.ops.cpu import DTYPES, PLAIN
+from fastflow.ops._check import unsuited
 
 OLDEST = (3, 4)
 # the file of this folder that holds a kernel
@@ -69,17 +69,8 @@ def description() -> str:
 
 
 def refuses(tensors: Iterable[Tensor | None]) -> str | None:
-    """Why the Triton kernels cannot serve these tensors; None if they can."""
-    for tensor in tensors:
-        if tensor is None:
-            continue
-        if tensor.device.type != "cuda" and not (tensor.device.type == "cpu" and _interpreting):
-            return f"a tensor is on {tensor.device}"
-        if tensor.dtype not in DTYPES:
-            return f"a tensor has dtype {tensor.dtype}"
-        if type(tensor) not in PLAIN:
-            return f"a tensor is a {type(tensor).__name__}"
-    return None
+    """Why the Triton kernels cannot serve these tensors; None if they can. The interpreter takes those in memory."""
+    return unsuited(tensors, "cpu" if _interpreting else "cuda")
 
 
 def kernel(name: str) -> Callable[..., Any]:
