@@ -30,7 +30,7 @@ class Family(NamedTuple):
 
     name: str
     gpu: tuple[str, ...] = ("cuda", "triton")
-    """The backends for a GPU, the fastest first."""
+    """The backends for a GPU, the fastest first. That CUDA C++ is the faster is a guess until a GPU was at hand."""
 
 
 class _Forced(threading.local):
@@ -118,7 +118,7 @@ def doubt(name: str, family: Family, tensor: Tensor) -> str | None:
     from fastflow.testing.selftest import selftest
 
     _verdicts[key] = None  # the test itself calls the kernels
-    _verdicts[key] = selftest(*key)
+    _verdicts[key] = selftest(*key, NATIVE[name].fingerprint())
     return _verdicts[key]
 
 

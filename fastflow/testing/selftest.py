@@ -13,7 +13,6 @@ from pathlib import Path
 
 import torch
 
-from fastflow.ops import _backend
 from fastflow.testing.checks import check_forward, check_gradient
 
 __all__ = ["cache_folder", "selftest"]
@@ -26,11 +25,11 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastflow"
 
 
-def selftest(backend: str, family: str, device: torch.device, dtype: torch.dtype) -> str | None:
-    """What is wrong with the kernels of ``family``, None where they are right."""
+def selftest(backend: str, family: str, device: torch.device, dtype: torch.dtype, build: str) -> str | None:
+    """What is wrong with the kernels of ``family``, made of what ``build`` names; None where they are right."""
     from fastflow.testing import cases
 
-    passed = cache_folder() / "selftest" / _fingerprint(backend, family, device, dtype)
+    passed = cache_folder() / "selftest" / _fingerprint(backend, family, device, dtype, build)
     if passed.is_file():
         return None
     for case in cases(family):
@@ -48,9 +47,9 @@ def selftest(backend: str, family: str, device: torch.device, dtype: torch.dtype
     return None
 
 
-def _fingerprint(backend: str, family: str, device: torch.device, dtype: torch.dtype) -> str:
+def _fingerprint(backend: str, family: str, device: torch.device, dtype: torch.dtype, build: str) -> str:
     """Names everything that the verdict depends on."""
-    facts = [backend, family, str(dtype), torch.__version__, _backend.NATIVE[backend].fingerprint()]
+    facts = [backend, family, str(dtype), torch.__version__, build]
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         driver = torch._C._cuda_getDriverVersion() if hasattr(torch._C, "_cuda_getDriverVersion") else ""

@@ -18,7 +18,7 @@ from fastflow.ops._op import accumulator
 from fastflow.ops.cuda.load import driver
 from fastflow.ops.cuda.source import Instance
 
-__all__ = ["Address", "Launch", "Plan", "planned"]
+__all__ = ["NULL", "Address", "Field", "Launch", "Plan", "accumulates", "planned"]
 
 
 class Address(NamedTuple):
