@@ -137,6 +137,14 @@ def test_wrong_index_reaches_nothing():
     assert torch.equal(z[:, [0, 2, 3]], x[:, [0, 2, 3]]) and not torch.equal(z[:, 1], x[:, 1])
 
 
+def test_whole_numbers_are_numbers():
+    """What is a double in a struct of arguments may come as an int."""
+    x, a, b, h = torch.randn(2, 3, 2), torch.randn(3), torch.randn(3), torch.randn(2, 6, 2)
+    both(lambda x, a, b, backend: ops.actnorm(x, a, b, gain=2, backend=backend), x, a, b)
+    both(lambda x, h, backend: ops.affine_coupling(x, h, shift_gain=2, backend=backend), x, h)
+    both(lambda n, h, backend: ops.gaussian_sample(h, noise=n, temperature=2, backend=backend), x, h)
+
+
 def test_in_place():
     x, h = torch.randn(2, 4, 3, 3), torch.randn(2, 4, 3, 3)
     own = x.clone()

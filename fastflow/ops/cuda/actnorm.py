@@ -21,7 +21,7 @@ SHARES = 256  # partial sums of a channel, at most
 def _forward(x, log_scale, bias, running, y, logdet, gain: float, inverse: bool) -> Plan:
     source, to = Operand(0, x, layout(x)), Operand(4, y, layout(y))
     steps = walk(source, [to])
-    fields: list[Field] = [*steps.fields, Address(1), Address(2), -gain if inverse else gain, int(not inverse)]
+    fields: list[Field] = [*steps.fields, Address(1), Address(2), float(-gain if inverse else gain), int(not inverse)]
     fields += [*steps.operand(source), *steps.operand(to)]
     fields += [NULL if running is None else Address(3), Address(5)]
     fields += [0 if running is None else running.stride(0), logdet.stride(0)]
@@ -37,7 +37,7 @@ def _backward(x, log_scale, bias, gy, glogdet, gx, glog_scale, gbias, gain: floa
     rows = samples * positions
     shares = max(1, min(SHARES, -(-rows // ROWS)))
     share = -(-rows // shares)
-    gain = -gain if inverse else gain
+    gain = float(-gain if inverse else gain)
     fields: list[Field] = []
     for number, tensor in ((0, x), (3, gy), (5, gx)):
         fields += [Address(number), *layout(tensor).strides, 0, 0]

@@ -97,7 +97,7 @@ def gaussian_sample_bwd(
     grads = _operand(5, gnoise), *_moments(6, gparams, graw, sizes, o.packing)
     steps = walk(value, (mean, scale, g, *grads))
     operands = _all(steps, (value, scale, g, *grads))
-    fields = [*_gaussian(steps, params is not None, o), *operands, temperature, Address(4), glogp.stride(0)]
+    fields = [*_gaussian(steps, params is not None, o), *operands, float(temperature), Address(4), glogp.stride(0)]
     return _plan("gaussian_sample_bwd", "SampleBackward", _types(value, mean, scale), steps, fields)
 
 
