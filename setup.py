@@ -86,7 +86,7 @@ class BuildKernels(build_ext):
         codes = " ".join(f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs)
         lines = [
             "rule compile",
-            f"  command = {nvcc} -fatbin -std=c++17 {codes} -MD -MF $out.d $in -o $out",
+            f"  command = {nvcc} -fatbin -std=c++17 -ftz=true {codes} -MD -MF $out.d $in -o $out",
             "  depfile = $out.d",
             "  deps = gcc",
         ]

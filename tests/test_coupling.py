@@ -260,7 +260,7 @@ def test_freia_all_in_one():
         ({"order": "first"}, "order: expected 'scale_first' or"),
         ({"save": "x"}, "save: expected 'input' or 'output'"),
         ({"mask": "checkerboard"}, "mask: expected None, a slice"),
-        ({"mask": "checkerboard_odd"}, "mask: a checkerboard needs positions"),
+        ({"mask": "checkerboard_odd"}, "mask: a checkerboard needs x"),
         ({"mask": torch.ones(4, dtype=torch.bool)}, r"mask: expected a bool tensor \[3\], got \[4\]"),
         ({"mask": torch.tensor([[0]])}, "mask: expected int64 channel indices"),
         ({"mask": torch.tensor([0, 7]), "params": torch.ones(2, 4)}, "channel index 7 reaches outside"),

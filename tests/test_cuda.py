@@ -116,8 +116,9 @@ def test_samples_in_several_parts(mask, channels_last):
 def test_conv1x1_of_every_width(channels):
     for x in (torch.randn(2, channels, 8, 8), torch.randn(70, channels)):
         weight = torch.eye(channels) + 0.1 * torch.randn(channels, channels)
-        run = lambda x, w, b, backend: ops.conv1x1(x, w, b, torch.tensor(0.5), backend=backend)  # noqa: E731
+        run = lambda x, w, b, backend: ops.conv1x1(x, w, b, torch.tensor(0.5, dtype=x.dtype), backend=backend)  # noqa: E731
         both(run, x, weight, torch.randn(channels))
+        both(run, *(t.double() for t in (x, weight)), torch.randn(channels, dtype=torch.float64))
 
 
 def test_more_layers_than_one_launch_takes():
@@ -127,6 +128,19 @@ def test_more_layers_than_one_launch_takes():
     found, expected = (ops.lu_weights(lower, upper, log_s, permutation, sign, backend=b) for b in ("cuda", "reference"))
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b)
+
+
+def test_a_new_seed_needs_no_new_plan():
+    """A training step draws one each time."""
+    layers = [(torch.randn(6, 3), torch.zeros(6)), (torch.randn(3, 6), torch.zeros(3))]
+    x, kernel = torch.randn(4, 3), _backend.NATIVE["cuda"].kernel("trace_rows")
+    for seed in (0, 1, 2**40):
+        run = lambda b, seed=seed: ops.mlp_trace(  # noqa: E731
+            x, 0.0, layers, layer="ignore", probes=ops.Rademacher(2, seed), backend=b
+        )
+        torch.testing.assert_close(run("cuda"), run("reference"))
+    (plans,) = (cell.cell_contents for cell in kernel.__closure__ if isinstance(cell.cell_contents, dict))
+    assert len(plans) == 1
 
 
 def test_wrong_index_reaches_nothing():
@@ -240,16 +254,43 @@ def test_a_wrong_build_is_found_and_not_used(tested, monkeypatch):
     right = source.text
     monkeypatch.setattr(source, "text", lambda *i: right(*i).replace("T(0.5) * e * e", "T(0.5001) * e * e"))
     x = torch.randn(40, 3)
-    with pytest.raises(BackendError, match="its self-test failed"):
+    with pytest.raises(BackendError, match="its self-test failed"), pytest.warns(UserWarning, match="does not use"):
         ops.gaussian_log_prob(x, backend="cuda")
     compiled = torch.compile(lambda x: ops.gaussian_log_prob(x, backend="cuda"), backend="aot_eager")
     with pytest.raises(BackendError, match="its self-test failed"):
         compiled(x)
 
 
+def test_self_test_does_not_mind_where_it_is_asked_for(tested):
+    """Within a checkpoint, whose hooks count what autograd saves; in inference mode; in deterministic mode."""
+    x = torch.randn(4, 3, requires_grad=True)
+    run = lambda x: ops.gaussian_log_prob(x, backend="cuda")  # noqa: E731
+    torch.utils.checkpoint.checkpoint(run, x, use_reentrant=False).sum().backward()
+    torch.testing.assert_close(x.grad, -x.detach())
+    torch.use_deterministic_algorithms(True)
+    for mode in (torch.inference_mode(), torch.autocast("cpu", torch.bfloat16), torch.device("meta")):
+        _backend._verdicts.clear()
+        with mode:
+            assert _backend.doubt("cuda", _backend.Family("gaussian"), x) is None
+    assert torch.are_deterministic_algorithms_enabled()
+
+
+def test_no_verdict_without_a_test(tested, monkeypatch):
+    """An interrupt, or too little memory, says nothing about the kernels."""
+    for error in (KeyboardInterrupt, torch.OutOfMemoryError):
+
+        def fails(*_, error=error, **__):
+            raise error
+
+        monkeypatch.setattr(selftest, "check_forward", fails)
+        with pytest.raises((KeyboardInterrupt, BackendError)):
+            ops.gaussian_log_prob(torch.zeros(2, 3), backend="cuda")
+        assert _backend._verdicts == {}
+
+
 def test_a_kernel_that_does_not_compile_is_a_reason(tested, monkeypatch):
     monkeypatch.setattr(source, "text", lambda *instances: "#error nothing works today")
-    with pytest.raises(BackendError, match="nothing works today"):
+    with pytest.raises(BackendError, match="nothing works today"), pytest.warns(UserWarning):
         ops.gaussian_log_prob(torch.zeros(2, 3), backend="cuda")
 
 
@@ -266,7 +307,7 @@ class FakeCuPy(types.ModuleType):
         self.driver, self.compiled, self.launches = driver, [], []
         runtime = types.SimpleNamespace(runtimeGetVersion=lambda: 13000)
         error = types.SimpleNamespace(CUDADriverError=KeyError)
-        self.cuda = types.SimpleNamespace(runtime=runtime, driver=error, ExternalStream=lambda *a: ("stream", *a))
+        self.cuda = types.SimpleNamespace(runtime=runtime, driver=error)
 
     def RawModule(self, code=None, path=None, options=()):
         def get_function(name):
@@ -278,7 +319,7 @@ class FakeCuPy(types.ModuleType):
             def function(grid, block, arguments, shared_mem, stream):
                 (packed,) = arguments
                 assert packed.size == 1 and block == (instance.threads,)
-                self.launches.append((name, grid, shared_mem, stream))
+                self.launches.append(stream.ptr)
                 self.driver.launch(instance, torch.device("cpu"), grid[0], shared_mem, packed.tobytes())
 
             function.kernel = None
@@ -290,13 +331,15 @@ class FakeCuPy(types.ModuleType):
 @pytest.fixture
 def through_cupy(emulated, monkeypatch):
     fake = FakeCuPy(emulated)
-    stream = types.SimpleNamespace(cuda_stream=7)
+    cuda = types.SimpleNamespace(
+        is_available=lambda: True,
+        device_count=lambda: 1,
+        current_stream=lambda device: types.SimpleNamespace(cuda_stream=7),
+        is_current_stream_capturing=lambda: False,
+    )
+    monkeypatch.setattr(load, "torch", types.SimpleNamespace(cuda=cuda))
     monkeypatch.setitem(sys.modules, "cupy", fake)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: fake)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     driver = load.CuPy()
     driver.device_type = "cpu"
     load.use_driver(driver)
@@ -309,12 +352,18 @@ def test_launches_on_the_current_stream(through_cupy):
         z, logdet = ops.affine_coupling(x, h, backend="cuda")
     expected = ops.affine_coupling(x, h, backend="reference")
     torch.testing.assert_close((z, logdet), expected)
-    assert len(through_cupy.compiled) == 1 and len(through_cupy.launches) == 2
-    assert all(launch[3] == ("stream", 7, None) for launch in through_cupy.launches)
+    assert len(through_cupy.compiled) == 1 and through_cupy.launches == [7, 7]
+
+
+def test_a_first_call_may_be_compiled(through_cupy):
+    """Whether the backend serves is asked while torch.compile traces."""
+    compiled = torch.compile(lambda x: ops.gaussian_log_prob(x, backend="cuda"), fullgraph=True, backend="aot_eager")
+    x = torch.randn(3, 4)
+    torch.testing.assert_close(compiled(x), ops.gaussian_log_prob(x, backend="reference"))
 
 
 def test_nothing_is_loaded_within_a_cuda_graph(through_cupy, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    monkeypatch.setattr(load.torch.cuda, "is_current_stream_capturing", lambda: True)
     with pytest.raises(RuntimeError, match="make the call once before"):
         ops.gaussian_log_prob(torch.zeros(2, 3), backend="cuda")
 

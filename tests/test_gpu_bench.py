@@ -25,10 +25,11 @@ def uncompiled(monkeypatch):
 def test_parts(tmp_path, monkeypatch, capfd):
     """All three as processes, the result file and its table."""
     monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
+    monkeypatch.chdir(tmp_path)  # the processes must find what is tested, not the checkout
     assert gpu.verify("cpu", tmp_path, 120.0, ("actnorm",), ("float32",))
     assert gpu.bench("cpu", tmp_path, 120.0, "log-likelihood 256 KB float32")
     out = capfd.readouterr().out
-    assert "actnorm float32:" in out and "0 failed" in out
+    assert "cpu float32 actnorm:" in out and "0 failed" in out
     assert "backend cuda: torch sees no CUDA device" in out or torch.cuda.is_available()
     result = json.loads((tmp_path / "gpu-cpu-test.json").read_text())
     (row,) = result["rows"]
@@ -42,13 +43,15 @@ def test_parts(tmp_path, monkeypatch, capfd):
 
 def test_out_of_time(tmp_path, capfd):
     assert gpu.verify("cpu", tmp_path, 0.0, ("actnorm",), ("float32", "float64"))
-    assert "NOT verified: actnorm float32, actnorm float64" in capfd.readouterr().out
+    assert "NOT verified: cpu float32 actnorm, cpu float64 actnorm" in capfd.readouterr().out
 
 
 def test_reports_failures(tmp_path, capsys):
     assert not gpu._report("coupling float32", 1, "FAILED one\nFAILED two\n2 checks, 2 failed", False, tmp_path)
     assert not gpu._report("coupling float32", -11, "", False, tmp_path)
     out = capsys.readouterr().out
+    assert not gpu._report("cuda bfloat16 trace", -9, "FAILED three", True, tmp_path)  # killed, but known to be wrong
+    assert gpu._report("cuda bfloat16 coupling", -9, "", True, tmp_path)
     assert "FAILED two" in out and "exit status -11" in out
     assert "FAILED one" in (tmp_path / "gpu-verify.log").read_text()
 

@@ -328,3 +328,12 @@ def test_backend_by_name():
     params = [p for given in PLAIN for p in given]
     expected = reference(X, torch.tensor(0.0), torch.eye(3)[:, None].expand(3, 4, 3), *params, layer=2, activation=0)
     assert torch.equal(value, expected[0]) and torch.equal(trace, expected[1].sum(0))
+
+
+def test_signs_are_those_of_philox():
+    """The words that its authors give for the key and the counter 0."""
+    words = (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)
+    expected = [1.0 - 2 * (word >> i & 1) for word in words for i in range(32)]
+    assert fastflow.probes((128,), seed=0).tolist() == expected
+    assert fastflow.probes((4, 40), seed=0).flatten()[:128].tolist() == expected
+    assert fastflow.probes((128,), seed=1).tolist() != expected

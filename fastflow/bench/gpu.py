@@ -33,21 +33,21 @@ PLAIN = {"OMP_NUM_THREADS": "2"}  # the work is on the GPU; many processes of ma
 def verify(
     device: str, out: Path, seconds: float, families: Sequence[str] = FAMILIES, dtypes: Sequence[str] = tuple(NAMES)
 ) -> bool:
-    """The table of cases: a process for every family and dtype, several at a time."""
+    """The table of cases: a process for every backend, dtype and family in this order, several at a time."""
     end = time.monotonic() + seconds
     reasons = _backend.reasons((torch.zeros(1, device=device),))
     for name, reason in reasons.items():
         print(f"backend {name}: {'can run' if reason is None else reason}")
     names = [name for name in able(device) if name != "reference"] or ["reference"]
-    chosen = [word for name in names for word in ("--backend", name)]
-    waiting = [(family, dtype) for dtype in dtypes for family in families]
-    running: dict[tuple[str, str], tuple[subprocess.Popen, Path]] = {}
+    waiting = [(name, dtype, family) for name in names for dtype in dtypes for family in families]
+    running: dict[tuple[str, str, str], tuple[subprocess.Popen, Path]] = {}
     good, unfinished = True, []
     with tempfile.TemporaryDirectory() as folder:
         while waiting or running:
             while waiting and len(running) < _at_once(device) and time.monotonic() < end:
                 job = waiting.pop(0)
-                command = ["-m", "fastflow", "verify", job[0], "--device", device, "--dtype", job[1], *chosen]
+                name, dtype, family = job
+                command = ["-m", "fastflow", "verify", family, "--backend", name, "--dtype", dtype, "--device", device]
                 log = Path(folder, "-".join(job))
                 running[job] = _start(command, log), log
             if time.monotonic() > end:
@@ -78,13 +78,12 @@ def _start(command: Sequence[str], log: Path) -> subprocess.Popen:
 
 def _report(job: str, code: int, text: str, unfinished: bool, out: Path) -> bool:
     """Prints how a job ended, of many failures the first; the rest goes to a file."""
-    if unfinished:
-        return True
     lines = text.splitlines()
     failures = [line for line in lines if line.startswith("FAILED")]
-    print(f"{job}: {lines[-1] if lines and code in (0, 1) else f'exit status {code}'}", flush=True)
-    if code == 0:
+    if code == 0 or unfinished and not failures:
+        print(f"{job}: {'not done' if unfinished else lines[-1]}", flush=True)
         return True
+    print(f"{job}: {lines[-1] if code == 1 else f'exit status {code}'}", flush=True)
     for line in failures[:4] or lines[-4:]:
         print(f"  {line[:400]}")
     log = out / "gpu-verify.log"

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import warnings
 from collections.abc import Iterator
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -101,25 +102,59 @@ def _refusal(name: str, tensors: tuple[Tensor | None, ...], family: Family | Non
     return doubt(name, family, tensors[0])
 
 
+class _Testing(threading.local):
+    """Does this thread run a self-test? Its own calls are not doubted."""
+
+    active = False
+
+
+_testing = _Testing()
+_one_test = threading.Lock()
 _verdicts: dict[tuple[str, str, torch.device, torch.dtype], str | None] = {}
 
 
 def doubt(name: str, family: Family, tensor: Tensor) -> str | None:
     """What is wrong with the kernels of a family, found out once for every device and dtype."""
-    if name not in TESTED:
+    key = name, family.name, tensor.device, tensor.dtype
+    if name not in TESTED or _testing.active:
         return None
-    device, dtype = tensor.device, tensor.dtype
-    key = name, family.name, device, dtype
     if key in _verdicts:
         return _verdicts[key]
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        return f"its self-test ({family.name}, {dtype}) cannot run within a CUDA graph: make the call once before"
+    if tensor.is_cuda and torch.cuda.is_current_stream_capturing():
+        return f"its self-test ({family.name}, {tensor.dtype}) cannot run in a CUDA graph: make the call once before"
+    with _one_test:
+        if key in _verdicts:  # found out by another thread meanwhile
+            return _verdicts[key]
+        try:
+            verdict = _verdicts[key] = _selftest(*key)
+        except torch.OutOfMemoryError:
+            return f"its self-test ({family.name}, {tensor.dtype}) ran out of memory"
+    if verdict is not None:
+        words = f"fastflow does not use its backend {name} for {family.name} in {tensor.dtype}: {verdict}"
+        warnings.warn(words, stacklevel=2)
+    return verdict
+
+
+def _selftest(*key: Any) -> str | None:
+    """In a thread of its own, where the caller's modes, hooks and default device are not."""
     # the table of cases is above the ops; nothing else of it is known here
     from fastflow.testing.selftest import selftest
 
-    _verdicts[key] = None  # the test itself calls the kernels
-    _verdicts[key] = selftest(*key, NATIVE[name].fingerprint())
-    return _verdicts[key]
+    found: list[str | None | BaseException] = []
+
+    def run() -> None:
+        _testing.active = True
+        try:
+            found.append(selftest(*key, NATIVE[key[0]].fingerprint()))
+        except BaseException as error:
+            found.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join()
+    if isinstance(found[0], BaseException):
+        raise found[0]
+    return found[0]
 
 
 def transformed() -> bool:

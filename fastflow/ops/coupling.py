@@ -407,8 +407,8 @@ def _where(x: Tensor, mask: Mask) -> tuple[Tensor | None, list[int], int]:
             raise ValueError(f"mask: expected device {x.device} like x, got {mask.device}")
         return mask.contiguous(), [0, channels, -1, width], mask.shape[0]
     if mask in ("checkerboard_even", "checkerboard_odd"):
-        if x.dim() < 3:
-            raise ValueError(f"mask: a checkerboard needs positions [B, C, ...], got x of shape {list(x.shape)}")
+        if x.dim() not in (3, 4):
+            raise ValueError(f"mask: a checkerboard needs x [B, C, W] or [B, C, H, W], got shape {list(x.shape)}")
         return None, [0, channels, int(mask == "checkerboard_odd"), width], channels
     raise ValueError(f"mask: expected None, a slice, a tensor, 'checkerboard_even' or 'checkerboard_odd', got {mask!r}")
 

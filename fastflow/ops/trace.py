@@ -77,7 +77,10 @@ _draw = probes  # where an argument takes the name
 
 
 class Rademacher(NamedTuple):
-    """``count`` probes of signs for every sample, made where they are used: ``signs((count, B, D), seed)``."""
+    """``count`` probes of signs for every sample, made where they are used: ``signs((count, B, D), seed)``.
+
+    The seed is a number of the host: a CUDA graph has the same signs in every replay.
+    """
 
     count: int
     seed: int
@@ -94,7 +97,7 @@ def signs(
     Paper: parallel random numbers, as easy as 1, 2, 3, https://doi.org/10.1145/2063384.2063405.
 
     >>> signs((8,), seed=0).tolist()
-    [-1.0, 1.0, -1.0, 1.0, -1.0, -1.0, -1.0, 1.0]
+    [-1.0, 1.0, -1.0, 1.0, -1.0, 1.0, -1.0, -1.0]
     """
     if not 0 <= seed < 2**63:
         raise ValueError(f"seed: expected a number from 0 to 2^63 - 1, got {seed}")

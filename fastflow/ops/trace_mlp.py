@@ -278,7 +278,7 @@ def mlp_trace(
     probes, count, seed, reduce = _probes(x, probes, exact)
     time = _time(t, x)
     params = _parameters(x, layers, layer)
-    backend = choose(FAMILY, (x,), backend)  # all others are of its device and of a dtype that goes with it
+    backend = choose(FAMILY, (x, probes, *params), backend)
     tensors = tuple(p if p is None or p.dtype == dtype else p.to(dtype) for p in (x, time, probes, *params))
     with _without_autocast(x.device.type):
         value, trace = _run(backend, tensors, count, seed, LAYERS.index(layer), ACTIVATIONS.index(activation))

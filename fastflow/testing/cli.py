@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Prints one line per family, then what failed; 0 if nothing did."""
+    """Prints what failed and one line per family; 0 if nothing did."""
     if arguments.family not in (None, *FAMILIES):
         raise UserError(f"unknown family {arguments.family!r}: expected one of {', '.join(FAMILIES)}")
     dtypes = [arguments.dtype] if arguments.dtype else list(NAMES)
@@ -41,16 +41,14 @@ def run(arguments: argparse.Namespace) -> int:
 
 def verify(family: str | None, dtypes: Sequence[str], backends: Sequence[str], device: str = "cpu") -> bool:
     """Runs the rows of one family or all, with progress; were they all right?"""
-    failures, total = [], 0
+    failed = total = 0
     with _poisoned():
         for name in FAMILIES if family is None else (family,):
             found, count = _family(name, dtypes, backends, device)
-            failures += found
+            failed += found
             total += count
-    for failure in failures:
-        print(f"FAILED {failure}")
-    print(f"{total} checks on {', '.join(backends)} ({device}), {len(failures)} failed")
-    return not failures
+    print(f"{total} checks on {', '.join(backends)} ({device}), {failed} failed")
+    return failed == 0
 
 
 def able(device: str = "cpu", asked: Sequence[str] | None = None) -> list[str]:
@@ -68,18 +66,21 @@ def able(device: str = "cpu", asked: Sequence[str] | None = None) -> list[str]:
     return list(asked)
 
 
-def _family(name: str, dtypes: Sequence[str], backends: Sequence[str], device: str) -> tuple[list[str], int]:
-    """(what failed, how many checks ran)"""
+def _family(name: str, dtypes: Sequence[str], backends: Sequence[str], device: str) -> tuple[int, int]:
+    """(how many checks failed, how many ran); says at once what failed, for the next one may end the process"""
     rows = cases(name)
-    failures, count = [], 0
+    failed = count = 0
     for i, case in enumerate(rows, 1):
         _progress(f"{name:<12} {i}/{len(rows)} {case.name}")
         for what, error in _checks(case, dtypes, backends, device):
             count += 1
-            failures += [f"{what}: {error}"] if error else []
+            if error:
+                failed += 1
+                _progress("")
+                print(f"FAILED {what}: {error}", flush=True)
     _progress("")
-    print(f"{name:<12} {len(rows)} cases, {count} checks, {len(failures) or 'none'} failed", flush=True)
-    return failures, count
+    print(f"{name:<12} {len(rows)} cases, {count} checks, {failed or 'none'} failed", flush=True)
+    return failed, count
 
 
 def _checks(

@@ -14,13 +14,14 @@ __all__ = ["KERNELS"]
 
 ROWS = 4  # output channels of a thread, as in csrc/cuda/conv1x1.cu
 BLOCKS = 2048  # of a forward, at most: enough for any GPU, each with M in shared memory for many tiles
+SHARED_MEMORY = 64 * 1024  # bytes that every GPU since 2018 gives a block
 PARTIALS = 512  # blocks of a backward, at most: so many shares of the gradient of M are added up
 
 
 class _Shape:
-    """What decides on the kernel: the layout of x, and of the tensors that go with it."""
+    """What decides on the kernel: the layout of x, and of the tensors that go with it; how many tiles a block holds."""
 
-    def __init__(self, x: Tensor, *others: Tensor):
+    def __init__(self, x: Tensor, *others: Tensor, held: int = 1):
         lay = layout(x)
         self.samples, self.channels, self.positions = lay.sizes
         self.inner = lay.channels_inner
@@ -28,6 +29,8 @@ class _Shape:
         self.size = self.dtype.itemsize
         groups = -(-self.channels // ROWS)
         self.tile = THREADS // (1 << (groups - 1).bit_length()) * (16 // self.size)
+        while self.bytes(held) > SHARED_MEMORY:  # many channels in float64
+            self.tile //= 2
         self.tiles = -(-self.samples * self.positions // self.tile)
         step = 16 // x.element_size()
         along = self.channels if self.inner else self.positions
@@ -42,6 +45,10 @@ class _Shape:
     def row(self) -> int:
         """Elements of a row of a tile in shared memory."""
         return self.tile + 16 // self.size
+
+    def bytes(self, held: int) -> int:
+        """Shared memory for M, c and so many tiles, their rows padded like M's."""
+        return self.padded * (self.channels + 1 + held * self.row) * self.size
 
     def fields(self, weight: int, row: int, column: int) -> list[Field]:
         """struct Conv"""
@@ -63,26 +70,23 @@ def _forward(x, weight, bias, weight_logdet, running, y, logdet) -> Plan:
     fields = [*shape.fields(1, *weight.stride()), *_image(0, x), *_image(5, y)]
     fields += [NULL if bias is None else Address(2), Address(3), NULL if running is None else Address(4), Address(6)]
     fields += [0 if running is None else running.stride(0), logdet.stride(0)]
-    numbers = shape.channels * shape.padded + shape.padded + shape.channels * shape.row
     blocks = max(1, min(shape.tiles, BLOCKS)) if shape.samples else 0
-    return Plan(
-        [Launch(shape.instance("conv1x1_fwd", "ConvForward", x), blocks, fields, numbers * shape.size)]
-    )  # fmt: skip
+    return Plan([Launch(shape.instance("conv1x1_fwd", "ConvForward", x), blocks, fields, shape.bytes(1))])
 
 
 @planned
 def _backward(x, weight, gy, glogdet, gx, gweight, gbias, gweight_logdet) -> Plan:
-    shape = _Shape(x, gy, gx)
+    shape = _Shape(x, gy, gx, held=2)
     n4, count = -(-shape.channels // 4), shape.channels**2 + shape.channels
     teams = THREADS // (1 << (n4 * n4 - 1).bit_length())
     blocks = min(shape.tiles, PARTIALS)
     fields = [*shape.fields(1, *weight.stride()), *_image(0, x), *_image(2, gy), *_image(4, gx)]
     fields += [Address(0, 0, scratch=True), n4, teams]
-    numbers = max(shape.channels * shape.padded + 2 * 4 * n4 * shape.row, count)
+    shared = max(shape.bytes(2), count * shape.size)
     finish = [Address(0, 0, scratch=True), Address(5), Address(6), Address(3), Address(7)]
     finish += [blocks, shape.channels, shape.samples, shape.positions, glogdet.stride(0)]
     launches = [
-        Launch(shape.instance("conv1x1_bwd", "ConvBackward", x), blocks, fields, numbers * shape.size),
+        Launch(shape.instance("conv1x1_bwd", "ConvBackward", x), blocks, fields, shared),
         Launch(
             Instance("conv1x1", "conv1x1_finish", "ConvFinish", (accumulates(x),)),
             -(-count // THREADS) + 1,

@@ -51,7 +51,6 @@ class CuPy:
 
     def __init__(self) -> None:
         self._loaded: dict[tuple[Instance, int], Loaded] = {}
-        self._streams: dict[tuple[int, int], Any] = {}
         # torch.compile traces through the question whether this backend serves: what it asks is found out before
         self._gpu: bool | None = None
         self._missing = None
@@ -98,10 +97,7 @@ class CuPy:
         if shared > loaded.shared:
             loaded.function.max_dynamic_shared_size_bytes = loaded.shared = shared
         numpy = sys.modules["numpy"]  # CuPy has imported it
-        pointer = torch.cuda.current_stream(device).cuda_stream
-        stream = self._streams.get((pointer, device.index))
-        if stream is None:
-            stream = self._streams[pointer, device.index] = self._cupy.cuda.ExternalStream(pointer, device.index)
+        stream = types.SimpleNamespace(ptr=torch.cuda.current_stream(device).cuda_stream)  # all that CuPy asks of one
         packed = numpy.frombuffer(arguments, dtype=f"V{len(arguments)}")  # one element: it is passed by value
         loaded.function((blocks,), (instance.threads,), (packed,), shared_mem=shared, stream=stream)
 

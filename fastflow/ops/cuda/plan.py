@@ -18,7 +18,7 @@ from fastflow.ops._op import accumulator
 from fastflow.ops.cuda.load import driver
 from fastflow.ops.cuda.source import Instance
 
-__all__ = ["NULL", "Address", "Field", "Launch", "Plan", "accumulates", "planned"]
+__all__ = ["NULL", "Address", "Field", "Launch", "Plan", "Value", "accumulates", "planned"]
 
 
 class Address(NamedTuple):
@@ -29,8 +29,14 @@ class Address(NamedTuple):
     scratch: bool = False
 
 
+class Value(NamedTuple):
+    """A field that holds an argument itself, a whole number that no plan depends on."""
+
+    argument: int
+
+
 NULL = 0
-Field = int | float | Address
+Field = int | float | Address | Value
 
 
 class Launch:
@@ -41,13 +47,16 @@ class Launch:
             raise ValueError(f"{instance.kernel}: a grid of {blocks} blocks is beyond what a GPU can launch")
         self.instance, self.blocks, self.shared = instance, blocks, shared
         self.format = struct.Struct("=" + "".join("d" if isinstance(f, float) else "q" for f in fields))
-        self.values = [0 if isinstance(f, Address) else f for f in fields]
+        self.values = [0 if isinstance(f, (Address, Value)) else f for f in fields]
         self.addresses = [(i, *f) for i, f in enumerate(fields) if isinstance(f, Address)]
+        self.given = [(i, f.argument) for i, f in enumerate(fields) if isinstance(f, Value)]
 
     def run(self, device: torch.device, arguments: Sequence[Any], scratch: Sequence[Tensor]) -> None:
         values = self.values.copy()
         for i, argument, offset, in_scratch in self.addresses:
             values[i] = (scratch if in_scratch else arguments)[argument].data_ptr() + offset
+        for i, argument in self.given:
+            values[i] = arguments[argument]
         driver().launch(self.instance, device, self.blocks, self.shared, self.format.pack(*values))
 
 
@@ -58,13 +67,16 @@ class Plan(NamedTuple):
     scratch: Sequence[tuple[int, torch.dtype]] = ()
 
 
-def planned(make: Callable[..., Plan]) -> Callable[..., None]:
-    """The kernel's function from ``make(*arguments)``, which may look at everything of a tensor but its values."""
+def planned(make: Callable[..., Plan], values: Sequence[int] = ()) -> Callable[..., None]:
+    """The kernel's function from ``make(*arguments)``, which may look at everything of a tensor but its values.
+
+    ``values``: the arguments that it uses only as :class:`Value`.
+    """
     plans: dict[tuple, Plan] = {}
 
     @functools.wraps(make)
     def run(*arguments: Any) -> None:
-        key = tuple(map(_key, arguments))
+        key = tuple([_key(a) for i, a in enumerate(arguments) if i not in values])
         plan = plans.get(key)
         if plan is None:
             if len(plans) > 4096:  # a program whose shapes never come back

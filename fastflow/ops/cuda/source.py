@@ -57,8 +57,12 @@ def text(*instances: Instance) -> str:
 
 @functools.cache
 def fingerprint() -> str:
-    """A hash of all sources."""
+    """A hash of all sources and of what launches them, and whether binaries serve."""
+    here, files = Path(__file__).parent, sorted((folder() / "cuda").glob("*.cu"))
     digest = hashlib.sha256()
-    for path in sorted((folder() / "cuda").glob("*.cu")):
+    for path in files:
         digest.update(flattened(path.stem).encode())
-    return digest.hexdigest()[:16]
+    for path in [*sorted(here.glob("*.py")), here.parent / "_layout.py"]:
+        digest.update(path.read_bytes())
+    ahead = " compiled ahead" if any(binary(path.stem) for path in files) else ""
+    return digest.hexdigest()[:16] + ahead

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
-from fastflow.ops.cuda.plan import NULL, Address, Field, Launch, Plan, accumulates, planned
+from fastflow.ops.cuda.plan import NULL, Address, Field, Launch, Plan, Value, accumulates, planned
 from fastflow.ops.cuda.source import Instance
 from fastflow.ops.cuda.walk import THREADS
 
 __all__ = ["KERNELS"]
 
 
-def _probes(number: int, probes: Tensor | None, seed: int, samples: int, width: int) -> list[Field]:
-    """struct Probes"""
+def _probes(number: int, probes: Tensor | None, samples: int, width: int) -> list[Field]:
+    """struct Probes, from the arguments ``number`` and, the seed, ``number + 1``"""
     if probes is None:
-        return [NULL, 0, 0, 0, seed, samples, width]
+        return [NULL, 0, 0, 0, Value(number + 1), samples, width]
     return [Address(number), *probes.stride(), 0, samples, width]
 
 
@@ -29,24 +31,24 @@ def _rows(value: Tensor, rows: Tensor, fields: list[Field]) -> Plan:
     return Plan([Launch(instance, -(-rows.numel() // THREADS), fields)])
 
 
-@planned
+@partial(planned, values=(2,))
 def trace_rows(x, probes, seed: int, rows) -> Plan:
     samples, count, width = rows.shape
-    fields = [*_matrix(0, x), NULL, 0, 0, *_probes(1, probes, seed, samples, width), Address(3), count]
+    fields = [*_matrix(0, x), NULL, 0, 0, *_probes(1, probes, samples, width), Address(3), count]
     return _rows(x, rows, fields)
 
 
-@planned
+@partial(planned, values=(3,))
 def trace_rows_bwd(gvalue, gtrace, probes, seed: int, g) -> Plan:
     samples, count, width = g.shape
-    fields = [*_matrix(0, gvalue), *_matrix(1, gtrace), *_probes(2, probes, seed, samples, width), Address(4), count]
+    fields = [*_matrix(0, gvalue), *_matrix(1, gtrace), *_probes(2, probes, samples, width), Address(4), count]
     return _rows(gvalue, g, fields)
 
 
-@planned
+@partial(planned, values=(3,))
 def trace_contract(last, bias, probes, seed: int, value, trace) -> Plan:
     samples, count, width = last.shape
-    fields = [*_matrix(4, value), *_matrix(5, trace), *_probes(2, probes, seed, samples, width)]
+    fields = [*_matrix(4, value), *_matrix(5, trace), *_probes(2, probes, samples, width)]
     fields += [Address(0), Address(1), count, bias.stride(0)]
     instance = Instance("trace", "trace_contract", "Contract", (accumulates(last),))
     return Plan([Launch(instance, -(-samples * count // (THREADS // 32)), fields)])

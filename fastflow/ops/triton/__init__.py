@@ -10,6 +10,7 @@ import hashlib
 import importlib
 import importlib.metadata
 import os
+import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,8 @@ def _installed() -> tuple[str, str | None]:
             version = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
-        old = tuple(int(n) for n in version.split(".")[:2]) < OLDEST
+        found = re.match(r"(\d+)\.(\d+)", version)
+        old = found is None or tuple(map(int, found.groups())) < OLDEST
         return version, f"triton {version} is older than {'.'.join(map(str, OLDEST))}" if old else None
     return "", "triton is not installed"
 
@@ -87,6 +89,7 @@ def kernel(name: str) -> Callable[..., Any]:
 def fingerprint() -> str:
     """Names the compiler and the sources: what a verdict on the kernels depends on beside device and driver."""
     digest = hashlib.sha256()
-    for source in sorted(Path(__file__).parent.glob("*.py")):
+    here = Path(__file__).parent
+    for source in [*sorted(here.glob("*.py")), here.parent / "_layout.py"]:
         digest.update(source.read_bytes())
     return f"triton {_version} {'interpreted ' if _interpreting else ''}{digest.hexdigest()}"

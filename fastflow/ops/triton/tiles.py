@@ -14,12 +14,13 @@ from fastflow.ops._layout import Layout
 from fastflow.ops.triton.rows import launch, wide
 
 PARTIALS = 512  # partial sums, at most
+MOST = 4096  # positions of a tile, at most: the last program counts so many tiles beyond the end
 
 
 def size(one: Layout) -> tuple[tuple[int, int, int], bool]:
     """((positions of all samples, positions of one, channels), are 32 bits too few for them?)"""
     batch, channels, positions = one.sizes
-    return (batch * positions, max(positions, 1), channels), wide(one) or batch * positions >= 2**31
+    return (batch * positions, max(positions, 1), channels), wide(one) or batch * positions >= 2**31 - PARTIALS * MOST
 
 
 def strides(one: Layout) -> tuple[int, int, int, int]:
