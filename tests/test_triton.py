@@ -294,6 +294,8 @@ def ahead(arch: str, family: str) -> None:
         if case.name not in AHEAD[family]:
             continue
         for dtype in (torch.float32, torch.bfloat16, torch.float64)[: 3 if arch == "90" else 1]:
+            if dtype == torch.float64 and case.id.startswith("conv1x1-") and triton.__version__ < "3.6":
+                continue  # it cannot multiply matrices of float64: the self-test finds that out
             made.clear()
             inputs = testing.cast(case, case.inputs("bench"), dtype)
             inputs = {k: v.requires_grad_(v.is_floating_point()) for k, v in inputs.items()}
@@ -304,10 +306,7 @@ def ahead(arch: str, family: str) -> None:
                     continue
                 seen.add(kernel.hash)
                 where = f"{case.id} {dtype} {name} sm_{arch}"
-                wide = re.search(
-                    r"ld\.global\S*\.(v4\.[bf]32|v2\.[bf]64)|cp\.async\S* .*, (0x10|16)", kernel.asm["ptx"]
-                )
-                if case.id in WIDE and name not in HELPERS and not wide:
+                if case.id in WIDE and name not in HELPERS and not re.search(SIXTEEN_BYTES, kernel.asm["ptx"]):
                     failures.append(f"{where}: no wide load")
                 with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
                     file.write(kernel.asm["cubin"])
@@ -315,7 +314,7 @@ def ahead(arch: str, family: str) -> None:
                     usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True).stdout
                 stack, local = (int(re.search(rf"{word}:(\d+)", usage)[1]) for word in ("STACK", "LOCAL"))
                 # the exponential of float64 has a slow path with a small frame
-                if local or stack > (16 if dtype == torch.float64 else 0):
+                if local or stack > (16 if dtype == torch.float64 or name == "_substitute" else 0):
                     failures.append(f"{where}: {stack} bytes of stack, {local} of local memory")
     print(f"{len(seen)} kernels", *failures, sep="\n")
     sys.exit(bool(failures))

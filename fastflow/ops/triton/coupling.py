@@ -27,12 +27,12 @@ def _changed(
     first, last, width, channels = where
     exists = valid
     active = valid
-    if index is not None:
+    if index is not None:  # 0 * sample: Triton 3.4 does not widen a pointer to its mask
         if CHANNELS_INNER:
-            i = tl.load(index + i, mask=valid, other=0)
+            i = tl.load(index + i + 0 * sample, mask=valid, other=0)
             exists = valid & (i >= 0) & (i < channels)
         else:
-            o = tl.load(index + o, mask=valid, other=0)
+            o = tl.load(index + o + 0 * sample, mask=valid, other=0)
             exists = valid & (o >= 0) & (o < channels)
         active = exists
     elif PART:
