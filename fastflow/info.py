@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import platform
+import warnings
 from collections.abc import Iterator
 
 import torch
 
 import fastflow
 from fastflow.ops import _backend
+from fastflow.testing import CASES
 from fastflow.testing.selftest import cache_folder
 
 __all__ = ["add_arguments", "run"]
@@ -48,6 +50,8 @@ def lines() -> Iterator[tuple[str, str]]:
         description = backend.description()  # looks closer than what is asked before every call
         reason = backend.unavailable()
         yield f"backend {name}", f"not available: {reason}" if reason else f"available: {description}"
+        if reason is None and name in _backend.TESTED and torch.cuda.is_available():
+            yield from verdicts(name, "cuda")
     yield "backend reference", "available"
     passed = cache_folder() / "selftest"
     yield "self-tests passed", f"{len(list(passed.glob('*')))} in {passed}"
@@ -55,6 +59,16 @@ def lines() -> Iterator[tuple[str, str]]:
         yield "", ""
         for package, extra in packages.items():
             yield package, _version(package) or f"not installed (pip install 'fastflow[{extra}]')"
+
+
+def verdicts(backend: str, device: str) -> Iterator[tuple[str, str]]:
+    """(a family of kernels, what its self-test in float32 says); those that never ran do so, which may take a minute."""
+    probe = torch.zeros(1, device=device)
+    for family in dict.fromkeys(case.family for case in CASES):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the same words
+            reason = _backend.doubt(backend, _backend.Family(family), probe)
+        yield f"  {family}", reason or "passed its self-test"
 
 
 def _version(package: str) -> str | None:

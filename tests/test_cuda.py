@@ -10,7 +10,7 @@ import pytest
 import sanitizers
 import torch
 
-from fastflow import BackendError, ops, testing, use_backend
+from fastflow import BackendError, info, ops, testing, use_backend
 from fastflow.models import Glow
 from fastflow.ops import _backend
 from fastflow.ops.cuda import load, source
@@ -259,6 +259,13 @@ def test_a_wrong_build_is_found_and_not_used(tested, monkeypatch):
     compiled = torch.compile(lambda x: ops.gaussian_log_prob(x, backend="cuda"), backend="aot_eager")
     with pytest.raises(BackendError, match="its self-test failed"):
         compiled(x)
+
+
+def test_info_says_what_the_self_tests_say(tested, monkeypatch):
+    right = source.text
+    monkeypatch.setattr(source, "text", lambda *i: right(*i).replace("T(0.5) * e * e", "T(0.5001) * e * e"))
+    found = dict(info.verdicts("cuda", "cpu"))
+    assert found["  coupling"] == "passed its self-test" and "error" in found["  gaussian"]
 
 
 def test_self_test_does_not_mind_where_it_is_asked_for(tested):
