@@ -62,7 +62,7 @@ def lines() -> Iterator[tuple[str, str]]:
 
 
 def verdicts(backend: str, device: str) -> Iterator[tuple[str, str]]:
-    """(a family of kernels, what its self-test in float32 says); those that never ran do so, which may take a minute."""
+    """(a family of kernels, what its self-test in float32 says); one that never ran does so, which takes a while."""
     probe = torch.zeros(1, device=device)
     for family in dict.fromkeys(case.family for case in CASES):
         with warnings.catch_warnings():

@@ -46,8 +46,8 @@ constexpr int64_t kRun = 64;  // of the depth: what is summed in registers befor
                               // less than one long sum.
 
 template <int rows, int vectors, class T>
-void run_of_tile(int64_t depth, const T* a, int64_t a_row, int64_t a_depth, const T* b, int64_t b_row, T* c, int64_t c_row,
-          bool add) {
+void run_of_tile(int64_t depth, const T* a, int64_t a_row, int64_t a_depth, const T* b, int64_t b_row, T* c,
+                 int64_t c_row, bool add) {
   using V = typename Vector<T>::type;
   constexpr int64_t lanes = Vector<T>::lanes;
   V sum[rows][vectors];

@@ -115,9 +115,9 @@ _verdicts: dict[tuple[str, str, torch.device, torch.dtype], str | None] = {}
 
 def doubt(name: str, family: Family, tensor: Tensor) -> str | None:
     """What is wrong with the kernels of a family, found out once for every device and dtype."""
-    key = name, family.name, tensor.device, tensor.dtype
     if name not in TESTED or _testing.active:
         return None
+    key = name, family.name, tensor.device, tensor.dtype
     if key in _verdicts:
         return _verdicts[key]
     if tensor.is_cuda and torch.cuda.is_current_stream_capturing():
