@@ -42,8 +42,8 @@ struct Product {
   bool add = false;  // to what C holds
 };
 
-constexpr int64_t kRun = 64;  // of the depth: what is summed in registers before it is added to C. A sum of sums rounds
-                              // less than one long sum.
+// Of the depth: what is summed in registers before it is added to C. A sum of sums rounds less than one long sum.
+constexpr int64_t kRun = 64;
 
 template <int rows, int vectors, class T>
 void run_of_tile(int64_t depth, const T* a, int64_t a_row, int64_t a_depth, const T* b, int64_t b_row, T* c,
