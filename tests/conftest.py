@@ -1,7 +1,11 @@
 import os
 
+import emulation
 import pytest
 import torch
+
+from fastflow.ops import _backend
+from fastflow.ops.cuda import load
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic products on a GPU
 
@@ -13,3 +17,19 @@ def poisoned():
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(scope="session")
+def libraries(tmp_path_factory):
+    """Where what the emulation of a GPU compiled is kept."""
+    return tmp_path_factory.mktemp("emulation")
+
+
+@pytest.fixture
+def emulated(libraries, monkeypatch, tmp_path):
+    """The backend cuda serves CPU tensors, by emulation and without its self-test."""
+    monkeypatch.setattr(_backend, "TESTED", ())
+    monkeypatch.setenv("FASTFLOW_CACHE", str(tmp_path))
+    before = load.use_driver(emulation.Emulation(libraries))
+    yield load.driver()
+    load.use_driver(before)
