@@ -27,11 +27,6 @@ constexpr int64_t kParallelWork = 256 * 1024;  // multiply-adds below which a se
 
 enum class Kind : int { concat, concat_squash, ignore };  // as LAYERS in fastflow/ops/trace_mlp.py
 
-template <class T>
-T& at(const View& v, int64_t i = 0, int64_t j = 0, int64_t k = 0) {
-  return reinterpret_cast<T*>(v.data)[i * v.stride[0] + j * v.stride[1] + k * v.stride[2]];
-}
-
 // --- activation of a sample: its primal row, then its tangents ----------------------------------------
 
 // y = phi(a + bias), y' = phi'(a + bias) a'.  `a` may be `y`; where the inputs are kept it becomes a + bias.

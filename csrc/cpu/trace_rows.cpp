@@ -20,15 +20,9 @@ struct Probes {
   int64_t samples, width;
 
   T operator()(int64_t s, int64_t b, int64_t d) const {
-    if (!given) return sign<T>(seed, uint64_t((s * samples + b) * width + d));
-    return reinterpret_cast<const T*>(given.data)[s * given.stride[0] + b * given.stride[1] + d * given.stride[2]];
+    return given ? at<T>(given, s, b, d) : sign<T>(seed, uint64_t((s * samples + b) * width + d));
   }
 };
-
-template <class T>
-T& at(const View& v, int64_t i, int64_t j = 0, int64_t k = 0) {
-  return reinterpret_cast<T*>(v.data)[i * v.stride[0] + j * v.stride[1] + k * v.stride[2]];
-}
 
 // f(probes, sample b) in parallel; rows [B, 1 + S, D]
 template <class T, class F>

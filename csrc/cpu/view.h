@@ -64,6 +64,12 @@ struct View {
   }
 };
 
+// element [i, j, k] of a view without an index
+template <class T>
+T& at(const View& v, int64_t i = 0, int64_t j = 0, int64_t k = 0) {
+  return reinterpret_cast<T*>(v.data)[i * v.stride[0] + j * v.stride[1] + k * v.stride[2]];
+}
+
 // The torch dtypes in the order of DType; handed over once by fastflow/ops/cpu.py.
 inline PyObject* dtype_objects[5] = {};
 

@@ -48,6 +48,13 @@ struct Coupling {
     return {T(shift_gain), T(sign), map.constants<T>()};
   }
 
+  // what the blocks beyond those of the walk do
+  template <class X, int V>
+  FF_D void copy_rest() const {
+    const int64_t block = blockIdx.x - blocks;
+    rest.vector ? fastflow::copy_rest<X, V>(rest, block) : fastflow::copy_rest<X, 1>(rest, block);
+  }
+
   // is this position one that changes?
   FF_HD bool active(const Position<true>& p) const {
     const int64_t s = walk.channels_inner ? p.o : p.i, row = quotient(s, width);
@@ -71,10 +78,7 @@ template <class X, class P, class H, int V, bool general>
 FF_D void coupling_fwd(const CouplingForward& a) {
   using T = Accumulator<X>;
   const Coupling& in = a.in;
-  if (blockIdx.x >= in.blocks) {
-    const int64_t block = blockIdx.x - in.blocks;
-    return in.rest.vector ? copy_rest<X, V>(in.rest, block) : copy_rest<X, 1>(in.rest, block);
-  }
+  if (blockIdx.x >= in.blocks) return in.copy_rest<X, V>();
   const Team team(in.walk);
   const auto c = in.constants<T>();
   T sum = 0;
@@ -117,10 +121,7 @@ template <class X, class P, class H, int V, bool general>
 FF_D void coupling_bwd(const CouplingBackward& a) {
   using T = Accumulator<X>;
   const Coupling& in = a.in;
-  if (blockIdx.x >= in.blocks) {
-    const int64_t block = blockIdx.x - in.blocks;
-    return in.rest.vector ? copy_rest<X, V>(in.rest, block) : copy_rest<X, 1>(in.rest, block);
-  }
+  if (blockIdx.x >= in.blocks) return in.copy_rest<X, V>();
   const Team team(in.walk);
   if (!team.active) return;
   const auto c = in.constants<T>();

@@ -120,7 +120,7 @@ FF_HD void with_kind(int kind, const F& f) {
   with_number<kNone, kExp, kSigmoid, kSigmoidEps, kSoftplus, kTanh, kLinearTanh, kAtan, kSoftClip>(kind, f);
 }
 
-// fastflow/ops/cuda/walk.py: map_fields
+// fastflow/ops/scale_map.py: kernel_map
 struct Map {
   double gain, offset, amplitude, eps, maximum, log_amplitude;
 

@@ -20,13 +20,14 @@ soft_clip      v / (1 + |v| / amplitude)                   zuko
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["ScaleMap", "KINDS", "scale_map"]
+__all__ = ["ScaleMap", "KINDS", "kernel_map", "scale_map"]
 
 KINDS = ("none", "exp", "sigmoid", "softplus", "tanh", "linear_tanh", "atan", "soft_clip")  # as in csrc/scale_map.h
 
@@ -89,6 +90,20 @@ def log_scale(kind: str, constants: tuple[float, ...], h: Tensor, amplitude: flo
     if kind == "atan":
         return amplitude * torch.atan(v)
     return v / (1 + v.abs() / amplitude)  # soft_clip
+
+
+def kernel_map(kind: int, constants: Sequence[float]) -> tuple[int, tuple[float, ...]]:
+    """(kind, constants) as the GPU kernels take them: gain, offset, amplitude, eps, maximum, log amplitude.
+
+    A sigmoid with eps is a kind of its own, the one behind :data:`KINDS`, as in csrc/scale_map.h.
+    """
+    gain, offset, amplitude, eps, maximum = map(float, constants)
+    sigmoid = KINDS[kind] == "sigmoid"
+    log_amplitude = 0.0
+    if sigmoid and eps == 0:
+        log_amplitude = math.log(amplitude) if amplitude > 0 else math.nan
+    kind = len(KINDS) if sigmoid and eps != 0 else kind
+    return kind, (gain, offset, amplitude, eps, maximum, log_amplitude)
 
 
 _PRESETS = {

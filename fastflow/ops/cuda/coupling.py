@@ -11,7 +11,8 @@ from fastflow.ops._op import accumulator
 from fastflow.ops.coupling import Options
 from fastflow.ops.cuda.plan import Address, Field, Launch, Plan, planned
 from fastflow.ops.cuda.source import C_TYPES, Instance
-from fastflow.ops.cuda.walk import SHARED, THREADS, Operand, Walk, kind_of, map_fields, sums, walk, wide
+from fastflow.ops.cuda.walk import SHARED, THREADS, Operand, Walk, sums, walk
+from fastflow.ops.scale_map import kernel_map
 
 __all__ = ["KERNELS"]
 
@@ -29,8 +30,9 @@ class Changed(NamedTuple):
     def fields(self, steps: Walk, rest: list[Field], o: Options) -> list[Field]:
         """struct Coupling"""
         operands = [f for operand in self for f in steps.operand(operand)]
-        what = [kind_of(o.kind, o.constants), int(o.add_first), o.where[2], o.where[3]]
-        numbers = [float(o.shift_gain), -1.0 if o.divide else 1.0, *map_fields(o.constants)]
+        kind, constants = kernel_map(o.kind, o.constants)
+        what = [kind, int(o.add_first), o.where[2], o.where[3]]
+        numbers = [float(o.shift_gain), -1.0 if o.divide else 1.0, *constants]
         return [*steps.fields, steps.blocks, *rest, *operands, *what, *numbers]
 
     def instance(self, kernel: str, arguments: str, steps: Walk) -> Instance:
@@ -90,9 +92,7 @@ def _rest(source: Operand, to: Operand, steps: Walk, o: Options, copied: bool) -
     step = steps.step if vector else 1
     fields: list[Field] = []
     for operand in (source, to):
-        whole = steps._replace(step=step).operand(operand)
-        whole[4] = int(wide(operand, step, inner_channels))
-        fields += whole
+        fields += steps._replace(step=step).operand(operand)
     blocks = -(-sizes[0] * outer * inner // step // (COPIES * THREADS))
     return [*fields, sizes[0], outer, inner, start, stop - start, int(inner_channels), int(vector)], blocks
 

@@ -11,9 +11,9 @@ from torch import Tensor
 from fastflow.ops._layout import layout, unpack
 from fastflow.ops.cuda.plan import Address, Field, Launch, Plan, planned
 from fastflow.ops.cuda.source import C_TYPES, Instance
-from fastflow.ops.cuda.walk import SHARED, Operand, Walk, kind_of, map_fields, sums, walk
+from fastflow.ops.cuda.walk import SHARED, Operand, Walk, sums, walk
 from fastflow.ops.gaussian import HALF_LOG_2PI, Options
-from fastflow.ops.scale_map import KINDS
+from fastflow.ops.scale_map import KINDS, kernel_map
 
 __all__ = ["KERNELS"]
 
@@ -40,8 +40,8 @@ def _types(*operands: Operand | None) -> tuple[str, ...]:
 
 def _gaussian(steps: Walk, has_moments: bool, o: Options) -> list[Field]:
     """struct Gaussian"""
-    kind = kind_of(o.kind, o.constants) if has_moments else KINDS.index("none")
-    return [*steps.fields, kind, -1.0 if o.reciprocal else 1.0, *map_fields(o.constants)]
+    kind, constants = kernel_map(o.kind if has_moments else KINDS.index("none"), o.constants)
+    return [*steps.fields, kind, -1.0 if o.reciprocal else 1.0, *constants]
 
 
 def _all(steps: Walk, operands: Sequence[Operand | None]) -> list[Field]:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastflow.ops._op import accumulator
 from fastflow.ops.cuda.load import driver
-from fastflow.ops.cuda.source import Instance
+from fastflow.ops.cuda.source import C_TYPES, Instance
 
 __all__ = ["NULL", "Address", "Field", "Launch", "Plan", "Value", "accumulates", "planned"]
 
@@ -102,4 +102,4 @@ def _key(argument: Any) -> Any:
 
 def accumulates(tensor: Tensor) -> str:
     """The C type that kernels compute in."""
-    return "double" if accumulator(tensor.dtype) == torch.float64 else "float"
+    return C_TYPES[accumulator(tensor.dtype)]

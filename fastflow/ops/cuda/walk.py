@@ -12,9 +12,8 @@ from torch import Tensor
 from fastflow.ops._layout import Layout
 from fastflow.ops.cuda.plan import NULL, Address, Field, Launch
 from fastflow.ops.cuda.source import C_TYPES, Instance
-from fastflow.ops.scale_map import KINDS
 
-__all__ = ["THREADS", "Operand", "Walk", "kind_of", "map_fields", "sums", "walk", "wide"]
+__all__ = ["THREADS", "Operand", "Walk", "sums", "walk", "wide"]
 
 THREADS = 256  # of a block, as in csrc/cuda/launch.cuh
 STEPS = 8  # of a thread before a sample is cut in parts
@@ -121,14 +120,3 @@ def sums(
     blocks = -(-walk.samples // (THREADS // 32))
     finish = Launch(instance, blocks, [*fields, walk.samples, walk.parts])
     return fields, [finish], [(walk.samples * walk.parts, torch.float64)]
-
-
-def kind_of(kind: int, constants: Sequence[float]) -> int:
-    """The number of a scale map in csrc/scale_map.h: a sigmoid with eps is one of its own."""
-    return len(KINDS) if KINDS[kind] == "sigmoid" and constants[3] != 0 else kind
-
-
-def map_fields(constants: Sequence[float]) -> list[Field]:
-    """struct Map"""
-    amplitude = constants[2]
-    return [*map(float, constants), math.log(amplitude) if amplitude > 0 else math.nan]

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from fastflow.ops._layout import Layout, layout, unpack
 from fastflow.ops.coupling import Options
+from fastflow.ops.scale_map import kernel_map
 from fastflow.ops.triton.rows import Walk, add_up, launch, load, place, run, store
-from fastflow.ops.triton.scale_map import NONE, multiplier, resolve, scale_slope
+from fastflow.ops.triton.scale_map import NONE, multiplier, scale_slope
 
 
 @triton.jit
@@ -165,7 +166,7 @@ def _plan(x: Tensor, index: Tensor | None, in_place: bool, o: Options) -> _Plan:
 def _constants(plan: _Plan, walk: Walk, t: Layout, amplitude: Tensor | None) -> tuple[tuple[int, ...], dict[str, Any]]:
     """(where, the constants of both kernels)"""
     o = plan.options
-    kind, constants = resolve(o.kind, o.constants)
+    kind, constants = kernel_map(o.kind, o.constants)
     start, stop, parity, width = o.where
     part = plan.all and (start, stop) != (0, plan.channels)
     each = 1 if walk.channels_inner else walk.inner  # channels are counted along the inner index, or all elements

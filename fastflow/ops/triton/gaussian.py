@@ -16,9 +16,10 @@ from torch import Tensor
 
 from fastflow.ops._layout import Layout, layout, unpack
 from fastflow.ops.gaussian import HALF_LOG_2PI, Options
+from fastflow.ops.scale_map import kernel_map
 from fastflow.ops.triton.numeric import expm1
 from fastflow.ops.triton.rows import Walk, add_up, launch, load, place, run, store
-from fastflow.ops.triton.scale_map import NONE, multiplier, resolve, scale_slope
+from fastflow.ops.triton.scale_map import NONE, multiplier, scale_slope
 
 
 @triton.jit
@@ -189,7 +190,7 @@ class _Moments:
 
 
 def _map(o: Options, params: Tensor | None) -> dict[str, Any]:
-    kind, constants = resolve(o.kind, o.constants)
+    kind, constants = kernel_map(o.kind, o.constants)
     return {"KIND": kind if params is not None else NONE.value, "CONSTANTS": constants, "RECIPROCAL": o.reciprocal}
 
 

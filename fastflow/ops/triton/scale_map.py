@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import triton
 import triton.language as tl
 
@@ -12,13 +10,6 @@ from fastflow.ops.triton.numeric import atan, divide, exp, log, logistic, tanh
 
 # KINDS in their order; a sigmoid with eps = 0 has an exact logarithm, so the other one is a kind of its own
 NONE, EXP, SIGMOID, SOFTPLUS, TANH, LINEAR_TANH, ATAN, SOFT_CLIP, SIGMOID_EPS = map(tl.constexpr, range(len(KINDS) + 1))
-
-
-def resolve(kind: int, constants: list[float]) -> tuple[int, tuple[float, ...]]:
-    """(kind, constants) as a kernel takes them: gain, offset, amplitude, eps, maximum, log amplitude."""
-    amplitude, eps = constants[2], constants[3]
-    kind = SIGMOID_EPS.value if kind == SIGMOID.value and eps != 0 else kind
-    return kind, (*constants, math.log(amplitude) if kind == SIGMOID.value else 0.0)
 
 
 @triton.jit
