@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ from .loop import Result, final_figure, train
 from .parallel import choose_device, process_group, rank
 from .recipe import Recipe, build_model, find_recipe, load_model, model_config
 from .recipes import RECIPES
+from .record import write_result
 from .sampling import default_name, write_samples
 
 _TEMPERATURES = (0.5, 0.7, 0.9, 1.0)
@@ -128,7 +130,7 @@ def run_train(args: argparse.Namespace) -> int:
     if result.interrupted:
         return INTERRUPTED
     if first:
-        _summarise(args.out, data, config, result, device)
+        _summarise(args, recipe, data, config, result, device)
     return 0
 
 
@@ -154,6 +156,7 @@ def _prepare(
 ) -> tuple[nn.Module, TrainConfig]:
     """The model and the settings: from the recipe, or from the checkpoint to resume."""
     given = {name: getattr(args, name) for name in _SETTINGS if getattr(args, name) is not None}
+    changes = _changes(args.set)
     if args.out.exists() and not args.out.is_dir():
         raise UserError(f"--out {args.out}: expected a folder, found a file")
     if args.resume:
@@ -166,8 +169,11 @@ def _prepare(
         base = TrainConfig(**meta["config"])
         if "epochs" in given:
             base = replace(base, steps=None)
+        for key, value in changes.items():
+            if arguments.get(key) != value:
+                raise UserError(f"--set {key}: {value!r}, but the run to resume has {arguments.get(key)!r}")
     else:
-        name, arguments = recipe.model, model_config(recipe, data, _changes(args.set))
+        name, arguments = recipe.model, model_config(recipe, data, changes)
         base = recipe.train
     config = replace(base, **given)
     torch.manual_seed(config.seed)
@@ -188,20 +194,59 @@ def _changes(given: list[str]) -> dict[str, Any]:
     return changes
 
 
-def _summarise(out: Path, data: Dataset, config: TrainConfig, result: Result, device: torch.device) -> None:
+def _summarise(
+    args: argparse.Namespace, recipe: Recipe, data: Dataset, config: TrainConfig, result: Result, device: torch.device
+) -> None:
+    """What the run reached: printed, recorded, drawn."""
+    out = args.out
     model, meta = load_model(out, device)
-    baseline = data.baseline()
+    naive = data.baseline()
     figure = final_figure(model, data, config)
-    where = "held-out" if data.test is None else "test"
-    print(f"step {result.step}: {figure:.4f} {data.unit} on {where} data ({baseline[1]}: {baseline[0]:.4f})")
+    part = "held-out" if data.test is None else "test"
+    count = min(len(data.final), config.final or len(data.final))
+    print(f"step {result.step}: {figure:.4f} {data.unit} on {count} {part} samples ({naive[1]}: {naive[0]:.4f})")
+    write_result(
+        out,
+        command=_command(args, recipe, data, model, config),
+        model=model,
+        data=meta["data"],
+        config=config,
+        result=result,
+        figure=(figure, f"{count} {part}"),
+        unit=data.unit,
+        naive=naive,
+        published=recipe.published(model.config) if callable(recipe.published) else recipe.published,
+    )
     try:
-        draw_curve(out / "metrics.jsonl", out / "curve.png", baseline, data.unit)
+        draw_curve(out / "metrics.jsonl", out / "curve.png", naive, data.unit)
         samples = out / default_name(meta["data"])
         write_samples(model, meta["data"], samples, _TEMPERATURES)
     except (MissingPackage, UserError) as error:  # the run itself has succeeded
         print(f"fastflow: figures left out: {error}", file=sys.stderr)
     else:
-        print(f"wrote {out}: checkpoint/, metrics.jsonl, curve.png, {samples.name}")
+        print(f"wrote {out}: checkpoint/, metrics.jsonl, result.json, curve.png, {samples.name}")
+
+
+def _command(args: argparse.Namespace, recipe: Recipe, data: Dataset, model: nn.Module, config: TrainConfig) -> str:
+    """The command that repeats this run, however it came about; of paths only the last part."""
+    words = ["fastflow", "train", args.model, "--data", args.data]
+    if args.root is not None:
+        words += ["--root", args.root.name]
+    if args.size is not None:
+        words += ["--size", str(args.size)]
+    words += ["--published"] * args.published
+    usual = build_model(recipe.model, model_config(recipe, data)).config
+    for name, value in model.config.items():
+        if value != usual[name]:
+            words += ["--set", f"{name}={value if isinstance(value, str) else json.dumps(value)}"]
+    for name in _SETTINGS:
+        value = getattr(config, name)
+        if value == getattr(recipe.train, name) or (name == "epochs" and config.steps):
+            continue
+        words.append(f"--{name.replace('_', '-')}")
+        if not isinstance(value, bool):
+            words.append(f"{value:g}" if isinstance(value, float) else str(value))
+    return shlex.join(words)
 
 
 @contextmanager

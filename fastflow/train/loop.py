@@ -7,6 +7,7 @@ that one process would see.
 """
 
 import math
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import count
@@ -31,11 +32,13 @@ _SETTLE_EVERY = 10  # steps between the moments at which the host waits for the 
 
 @dataclass(frozen=True)
 class Result:
-    """What `train` hands back: steps done, last held-out figure in the data's unit, whether it was interrupted."""
+    """What `train` hands back: steps done, last held-out figure in the data's unit, whether it was interrupted, and
+    the seconds it took, those before a resumption included."""
 
     step: int
     held_out: float | None
     interrupted: bool
+    seconds: float = 0.0
 
 
 def train(
@@ -52,8 +55,8 @@ def train(
     Args:
         model: `forward(x)` gives log p(x), or a lower bound of it, [B] in nats; `initialize(x)` takes the first
             batch; `config` has the arguments it was constructed from. It may have a loss of its own,
-            `loss(x, progress)` [B] in nats, with `progress` in [0, 1) the part of the run that is over (for a
-            warm-up); evaluations use `forward`.
+            `loss(x, progress)` in nats, [B] or its mean, with `progress` in [0, 1) the part of the run that is over
+            (for a warm-up); evaluations use `forward`.
         data: from `load_data`.
         config: the settings; a resumed run may change only how long it goes on.
         out: a folder that receives `metrics.jsonl` and `checkpoint/`.
@@ -81,7 +84,7 @@ def train(
     device = next(model.parameters()).device
     bar = Progress(steps, state.step, progress and rank() == 0, data.unit)
     pending: list[tuple[float, Tensor, Tensor]] = []  # of the steps since the last settling
-    stopped = False
+    stopped, begun = False, time.monotonic() - state.seconds
     own_rng = torch.random.fork_rng([device] if device.type == "cuda" else [])
     with stop_on_signal(insist=world() == 1) as stop, own_rng, bar:
         while state.step < steps and not stopped and not state.lapsed(config):
@@ -109,6 +112,7 @@ def train(
             if rank() == 0:
                 append_metrics(out / "metrics.jsonl", records)
             if saving or stopped or state.lapsed(config):
+                state.seconds = time.monotonic() - begun
                 if rank() == 0:
                     save(state, data, config, out / "checkpoint")
                 state.saved = state.step
@@ -116,7 +120,7 @@ def train(
             bar.say(f"no better than {state.best:.3f} {data.unit} in {state.stale} evaluations: ended")
         if stopped:
             bar.say(f"stopped after step {state.step}; --resume goes on from {out / 'checkpoint'}")
-    return Result(state.step, state.held_out, stopped)
+    return Result(state.step, state.held_out, stopped, state.seconds)
 
 
 @torch.no_grad()

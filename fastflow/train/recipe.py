@@ -15,6 +15,9 @@ from .data import NAMES, Dataset
 from .errors import UserError
 
 
+Published = tuple[float, str]
+
+
 @dataclass(frozen=True)
 class Recipe:
     """One model on one data set.
@@ -24,14 +27,15 @@ class Recipe:
         config: the arguments of its constructor, made for the data (`data.shape`, `data.levels`).
         train: how to train it.
         data: options of `load_data`.
-        published: (a published figure in the data's unit, where it is from), shown beside what a run reaches.
+        published: (a published figure in the data's unit, where it is from), shown beside what a run reaches; or a
+            function from the model's arguments to that, or to None, where it depends on them.
     """
 
     model: str
     config: Callable[[Any], Mapping[str, Any]]
     train: TrainConfig = field(default_factory=TrainConfig)
     data: Mapping[str, Any] = field(default_factory=dict)
-    published: tuple[float, str] | None = None
+    published: Published | Callable[[Mapping[str, Any]], Published | None] | None = None
 
 
 def find_recipe(model: str, data: str, published: bool = False) -> Recipe:

@@ -36,6 +36,7 @@ class State:
     best: float | None = None  # the lowest one,
     best_weights: dict[str, Tensor] = field(default_factory=dict)  # the averaged weights it belongs to,
     stale: int = 0  # and evaluations since; these three only in runs with patience
+    seconds: float = 0.0  # that training has taken
 
     def lapsed(self, config: TrainConfig) -> bool:
         """Whether patience is at its end."""
@@ -83,7 +84,16 @@ def restore(model: nn.Module, data: Dataset, config: TrainConfig, directory: Pat
     weights = {name: tensors[f"best/{name}"] for name in ema.state_dict() if f"best/{name}" in tensors}
     best = meta.get("best") or {"held_out": None, "stale": 0}
     return State(
-        model, ema, optimizer, meta["step"], meta["step"], meta["held_out"], best["held_out"], weights, best["stale"]
+        model,
+        ema,
+        optimizer,
+        step=meta["step"],
+        saved=meta["step"],
+        held_out=meta["held_out"],
+        best=best["held_out"],
+        best_weights=weights,
+        stale=best["stale"],
+        seconds=meta.get("seconds", 0.0),
     )
 
 
@@ -103,6 +113,7 @@ def save(state: State, data: Dataset, config: TrainConfig, directory: Path) -> N
         "data": data.describe(),
         "config": asdict(config),
         "optimizer": scalars,
+        "seconds": state.seconds,
     }
     if config.patience is not None:
         meta["best"] = {"held_out": state.best, "stale": state.stale}
