@@ -45,11 +45,12 @@ def draw_points(
     drawn: Sequence[Tensor], temperatures: Sequence[float], path: str | Path, model: nn.Module | None = None
 ) -> None:
     """Writes a PNG: a panel of points [N, 2] for every temperature, and one of the density of `model` if given."""
-    figure = _figure(3 * (len(drawn) + (model is not None)), 3.2)
-    axes = figure.subplots(1, len(drawn) + (model is not None), squeeze=False, sharex=True, sharey=True)[0]
     spread = torch.cat([torch.quantile(x, torch.tensor([0.002, 0.998]), dim=0) for x in drawn])
     low, high = spread.amin(0), spread.amax(0)
     low, high = low - 0.15 * (high - low) - 1e-3, high + 0.15 * (high - low) + 1e-3
+    panels, tall = len(drawn) + (model is not None), ((high - low)[1] / (high - low)[0]).clamp(0.3, 3).item()
+    figure = _figure(3 * panels, 0.6 + 3 * tall)
+    axes = figure.subplots(1, panels, squeeze=False, sharex=True, sharey=True)[0]
     for axis, x, temperature in zip(axes, drawn, temperatures, strict=False):
         axis.scatter(*x.T.numpy(), s=1.5, lw=0, alpha=0.6)
         axis.set(title=f"T = {temperature:g}", xlim=(low[0], high[0]), ylim=(low[1], high[1]), aspect="equal")

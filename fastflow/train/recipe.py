@@ -14,7 +14,6 @@ from .config import TrainConfig
 from .data import NAMES, Dataset
 from .errors import UserError
 
-
 Published = tuple[float, str]
 
 
