@@ -5,8 +5,10 @@ start it.
 """
 
 import argparse
+import gzip
 import math
 import os
+import struct
 import sys
 from pathlib import Path
 
@@ -217,6 +219,12 @@ def environment():
 
 def random_images(*shape, high=256):
     return np.random.default_rng(0).integers(0, high, shape, dtype=np.uint8)
+
+
+def write_idx(path, array, kind=8):
+    raw = bytes([0, 0, kind, array.ndim]) + struct.pack(f">{array.ndim}I", *array.shape)
+    raw += array.tobytes()
+    path.write_bytes(gzip.compress(raw) if path.suffix == ".gz" else raw)
 
 
 def save_png(path, array):

@@ -2,12 +2,24 @@
 
 import json
 import math
+import os
+import signal
 
 import pytest
 import torch
-from standins import Tiny, run, settings
+from standins import Tiny, TinyVAE, run, settings
 
-from fastflow.train import Images, NonFiniteLoss, TrainConfig, UserError, metrics, train
+from fastflow.train import (
+    Images,
+    NonFiniteLoss,
+    TrainConfig,
+    UserError,
+    evaluate,
+    final_figure,
+    load_data,
+    metrics,
+    train,
+)
 from fastflow.train.checkpoint import load_checkpoint
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -123,6 +135,12 @@ def test_bf16_and_averages(digits, tmp_path):
         ("warmup", -1),
         ("seed", -1),
         ("eval_every", 0),
+        ("optimizer", "sgd"),
+        ("weight_decay", -1.0),
+        ("momentum", 1.0),
+        ("lr_decay", 0.0),
+        ("patience", 0),
+        ("final", 0),
     ],
 )
 def test_bad_settings_are_named(name, value):
@@ -139,3 +157,160 @@ def test_the_learning_rate_rises_stays_and_falls():
 def test_too_large_a_batch(digits, tmp_path):
     with pytest.raises(ValueError, match="batch_size: expected at most the 1438"):
         run(digits, tmp_path, 2, batch_size=2000)
+
+
+# --- other kinds of model and data ------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def bits():
+    return load_data("digits", form="dynamic", flat=True)
+
+
+def vae():
+    return TinyVAE(64)
+
+
+def identical(one, two):
+    (meta, want), (other, have) = (load_checkpoint(d / "checkpoint") for d in (one, two))
+    assert want.keys() == have.keys()
+    for name in want:
+        assert torch.equal(want[name], have[name]), name
+    assert {k: v for k, v in meta.items() if k not in ("seconds", "config")} == {
+        k: v for k, v in other.items() if k not in ("seconds", "config")
+    }
+
+
+@pytest.mark.parametrize("optimizer", [{"optimizer": "adamax"}, {"optimizer": "rmsprop", "momentum": 0.9}])
+def test_a_model_with_a_loss_resumes_bit_for_bit(bits, tmp_path, optimizer):
+    """Its warm-up follows the whole run, so both runs must be as long: one is interrupted."""
+    changes = {"model": vae, "clip": None, "lr_decay": 0.9, "weight_decay": 1e-3, "patience": 5, **optimizer}
+    run(bits, tmp_path / "straight", 60, **changes)
+
+    class Stopping(TinyVAE):
+        def loss(self, x, progress):
+            if self.training and progress == 27 / 60:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return super().loss(x, progress)
+
+    Stopping.__name__ = "TinyVAE"
+    _, result = run(bits, tmp_path / "broken", 60, **(changes | {"model": lambda: Stopping(64)}))
+    assert result.interrupted and result.step < 60
+    run(bits, tmp_path / "broken", 60, resume=True, **changes)
+    identical(tmp_path / "straight", tmp_path / "broken")
+
+
+def test_rows_resume_bit_for_bit(tmp_path):
+    rows = load_data("moons")
+    run(rows, tmp_path / "straight", 9)
+    run(rows, tmp_path / "broken", 4)
+    run(rows, tmp_path / "broken", 9, resume=True)
+    identical(tmp_path / "straight", tmp_path / "broken")
+    assert load_checkpoint(tmp_path / "straight" / "checkpoint")[0]["data"] == {
+        "name": "moons",
+        "kind": "rows",
+        "shape": [2],
+        "train": 50000,
+        "held_out": 10000,
+    }
+    with pytest.raises(UserError, match="the data are"):
+        run(load_data("circles"), tmp_path / "broken", 9, resume=True)
+
+
+def test_the_loss_of_the_model_is_what_falls(bits, tmp_path):
+    model, result = run(bits, tmp_path, 100, model=lambda: TinyVAE(64, warmup=1e9), clip=None, lr=1e-2)
+    last = [r["train"] for r in metrics.read_metrics(tmp_path / "metrics.jsonl") if "train" in r][-1]
+    assert last < result.held_out - 2  # the KL that is not in the loss
+    better = final_figure(model, bits, settings(final=100))
+    assert better == final_figure(model, bits, settings(final=100)) < evaluate(model, bits, part=bits.held_out[:100])
+
+
+def test_a_scalar_loss_will_do(bits, tmp_path):
+    class Scalar(TinyVAE):
+        def loss(self, x, progress):
+            return super().loss(x, progress).mean()
+
+    one, _ = run(bits, tmp_path / "one", 3, model=vae)
+    two, _ = run(bits, tmp_path / "two", 3, model=lambda: Scalar(64))
+    assert torch.allclose(one.decoder.weight, two.decoder.weight, rtol=1e-5, atol=1e-7)
+
+
+def test_an_evaluation_leaves_the_generator_alone_and_repeats_itself(bits):
+    model = TinyVAE(64)
+    before = torch.random.get_rng_state()
+    assert evaluate(model, bits) == evaluate(model, bits) != evaluate(model, bits, seed=1)
+    assert torch.equal(before, torch.random.get_rng_state())
+
+
+def test_patience(digits, tmp_path):
+    """The run ends when nothing has been better for so long, and keeps the best weights."""
+
+    class Worsening(Tiny):
+        def forward(self, x, context=None):
+            return super().forward(x) - (0 if self.training else (self.seen - 20 * 64).clamp(min=0))
+
+    def model():
+        return Worsening(digits.shape)
+
+    _, result = run(digits, tmp_path, 100, model=model, patience=3, eval_every=10)
+    held_out = [r["held_out"] for r in metrics.read_metrics(tmp_path / "metrics.jsonl") if "held_out" in r]
+    assert result.step == 50 and not result.interrupted and min(held_out) == held_out[1]
+    meta, tensors = load_checkpoint(tmp_path / "checkpoint")
+    assert meta["step"] == 50 and meta["best"] == {"held_out": held_out[1], "stale": 3}
+    assert tensors["best/seen"] == 20 * 64 and tensors["ema/seen"] == 50 * 64
+    _, again = run(digits, tmp_path, 100, model=model, resume=True, patience=3, eval_every=10)
+    assert again.step == 50  # it stays at its end
+
+
+def test_no_nan_passes_into_a_checkpoint(digits, tmp_path):
+    class Spoiled(Tiny):
+        """A buffer becomes NaN, and nobody looks at it."""
+
+        def __init__(self, shape):
+            super().__init__(shape)
+            self.register_buffer("running", torch.zeros(2))
+
+        def forward(self, x, context=None):
+            if self.training and self.seen == 9 * 64:
+                self.running[1] = math.nan
+            return super().forward(x)
+
+    with pytest.raises(NonFiniteLoss, match=r"inf or nan in model/running at step 12.*step 8 is kept"):
+        run(digits, tmp_path / "buffer", 30, model=lambda: Spoiled(digits.shape), checkpoint_every=4)
+    meta, tensors = load_checkpoint(tmp_path / "buffer" / "checkpoint")
+    assert meta["step"] == 8 and all(t.isfinite().all() for t in tensors.values())
+    # the last step of a run: its loss was finite, the weights that it made are not
+    with pytest.raises(NonFiniteLoss, match="no checkpoint had been written"):
+        run(digits, tmp_path / "weights", 2, lr=1e37, warmup=0, eval_every=10)
+
+
+@pytest.mark.parametrize(("data", "model"), [("moons", Tiny), ("bits", TinyVAE)])
+def test_nan_in_the_loss_of_any_kind(tmp_path, bits, data, model):
+    data = bits if data == "bits" else load_data(data)
+
+    class Diverging(model):
+        calls = 0
+
+        def forward(self, x, context=None):
+            return super().forward(x) * self.poison()
+
+        def poison(self):
+            self.calls += self.training
+            return math.nan if self.calls == 7 and self.training else 1.0
+
+    if model is TinyVAE:
+        Diverging.loss = lambda self, x, progress: TinyVAE.loss(self, x, progress) * self.poison()
+    argument = data.shape if model is Tiny else 64
+    with pytest.raises(NonFiniteLoss, match=r"loss nan.* at step 7, .*step 5 is kept"):
+        run(data, tmp_path, 20, model=lambda: Diverging(argument), checkpoint_every=5, clip=None)
+
+
+def test_learning_rate_of_epochs():
+    config = TrainConfig(lr=1.0, lr_decay=0.5)
+    assert [config.lr_at(step, 100, per_epoch=2) for step in (0, 2, 4)] == pytest.approx([1, 0.5, 0.25])
+
+
+def test_weight_decay_reaches_the_optimiser(digits, tmp_path):
+    plain, _ = run(digits, tmp_path / "plain", 20, clip=None)
+    decayed, _ = run(digits, tmp_path / "decayed", 20, clip=None, weight_decay=100.0)
+    assert decayed.net[0].weight.abs().sum() < 0.9 * plain.net[0].weight.abs().sum()

@@ -10,8 +10,9 @@ import pytest
 import torch
 from standins import command, environment, sample_command, without_dropout, worker
 
-from fastflow.train import RECIPES, Images, UserError, evaluate, load_data, load_model, metrics, recipes
+from fastflow.train import RECIPES, Images, UserError, evaluate, load_data, load_model, metrics, recipes, record
 from fastflow.train.checkpoint import load_checkpoint
+from fastflow.train.data.audio import read_wav
 
 pytestmark = pytest.mark.usefixtures("one_thread", "standins")
 
@@ -159,3 +160,92 @@ def test_levels_fit_the_image():
     assert levels(1, 28, 28) == 2 and levels(3, 64, 32) == 3
     with pytest.raises(ValueError, match="even height and width, got 9x8"):
         levels(3, 9, 8)
+
+
+def test_a_kind_of_data_each(tmp_path, capsys):
+    """Rows come back as a table in their own units, points as a picture, bits as pictures, audio as sound."""
+    rows = np.random.default_rng(0).normal(size=(200, 3)) * [1, 10, 100] + [0, 50, 5000]
+    np.savetxt(tmp_path / "t.csv", rows, delimiter=",", header="a,b,c", comments="")
+    out = tmp_path / "rows"
+    assert command("tiny", "--data", "rows", "--root", tmp_path / "t.csv", "--out", out) == 0
+    table = np.loadtxt(out / "samples.csv", delimiter=",", skiprows=1)
+    assert table.shape == (4000, 4) and set(table[:, 0]) == {0.5, 0.7, 0.9, 1.0}
+    hot = table[table[:, 0] == 1]
+    assert abs(hot[:, 3].mean() - 5000) < 50 and 50 < hot[:, 3].std() < 200
+    assert sample_command(out, "--out", tmp_path / "x.npz", "--n", 5, "--temperature", 0, 1) == 0
+    with np.load(tmp_path / "x.npz") as found:
+        assert found["x"].shape == (10, 3) and found["temperature"].tolist() == [0] * 5 + [1] * 5
+    with pytest.raises(UserError, match=r"x.png: expected a name that ends in .csv or .npz"):
+        sample_command(out, "--out", tmp_path / "x.png")
+
+    assert command("tiny", "--data", "moons", "--out", tmp_path / "moons", "--steps", 3) == 0
+    assert (tmp_path / "moons" / "samples.png").read_bytes().startswith(b"\x89PNG")
+    assert sample_command(tmp_path / "moons", "--out", tmp_path / "m.csv", "--n", 7, "--temperature", 1) == 0
+    assert np.loadtxt(tmp_path / "m.csv", delimiter=",", skiprows=1).shape == (7, 3)
+
+    capsys.readouterr()
+    assert command("tiny_vae", "--data", "digits", "--out", tmp_path / "vae", "--epochs", 1) == 0
+    said = capsys.readouterr().out
+    assert "nats on 32 test samples (factorised Bernoulli" in said
+    assert (tmp_path / "vae" / "samples.png").read_bytes().startswith(b"\x89PNG")
+
+    sound = (10000 * np.sin(np.arange(4000) / 3)).astype(np.int16)
+    np.savez(tmp_path / "a.npz", audio=sound, offsets=np.arange(0, 4001, 500))
+    out = tmp_path / "audio"
+    assert command("tiny_audio", "--data", "audio", "--root", tmp_path / "a.npz", "--out", out) == 0
+    clip, rate = read_wav(out / "samples.wav")
+    assert rate == 8000 and len(clip) == 16 * (50 + 1600)
+
+
+def test_results_and_their_table(tmp_path):
+    np.savetxt(tmp_path / "t.csv", np.random.default_rng(0).normal(size=(200, 3)), delimiter=",")
+    arguments = ("tiny", "--data", "rows", "--root", tmp_path / "t.csv")
+    one, two, three = (tmp_path / name for name in ("one", "two", "three"))
+    assert command(*arguments, "--out", one) == 0
+    assert command(*arguments, "--out", two, "--set", "hidden=8", "--lr", 0.01, "--seed", 3, "--steps", 2) == 0
+    assert command(*arguments, "--out", two, "--resume", "--steps", 3) == 0
+    result = json.loads((two / "result.json").read_text())
+    assert (
+        result["command"] == "fastflow train tiny --data rows --root t.csv --set hidden=8 --steps 3 --lr 0.01 --seed 3"
+    )
+    assert result["steps"] == 3 and result["config"]["hidden"] == 8 and result["train"]["lr"] == 0.01
+    assert result["held_out"]["what"] == "20 test" and result["unit"] == "nats" and result["published"]["value"] == 1.0
+    assert str(tmp_path) not in (two / "result.json").read_text()
+    model, _ = load_model(two)
+    assert result["parameters"] == sum(p.numel() for p in model.parameters())
+    data = load_data("rows", tmp_path / "t.csv")
+    assert result["held_out"]["value"] == pytest.approx(evaluate(model, data, part=data.test), rel=1e-5)
+    assert result["naive"]["value"] == pytest.approx(data.baseline()[0])
+
+    collected, document = tmp_path / "models.json", tmp_path / "README.md"
+    document.write_text(f"before\n{record.BEGIN}\nold\n{record.END}\nafter\n")
+    record.main(str(one), str(two), str(collected), str(document))
+    text = document.read_text()
+    assert (
+        text.startswith("before\n") and text.endswith("after\n") and "old" not in text and text.count("| Tiny |") == 2
+    )
+    assert command(*arguments, "--out", three, "--seed", 0) == 0  # the first command again
+    record.main(str(three), str(collected), str(document))
+    results = json.loads(collected.read_text())
+    assert len(results) == 2 and document.read_text().count("| Tiny |") == 2
+    with pytest.raises(SystemExit, match="expected the lines"):
+        document.write_text("nothing")
+        record.main(str(one), str(collected), str(document))
+    collected.write_text('[{"model": 1}]')
+    with pytest.raises(UserError, match="expected the key 'data'"):
+        record.main(str(one), str(collected), str(document))
+
+
+def test_arguments_of_the_model(tmp_path):
+    out = tmp_path / "run"
+    digits = ("tiny", "--data", "digits", "--out", out, "--steps", 1)
+    for arguments, message in (
+        (("--set", "hiden=3"), "hiden: no argument of Tiny, which has image_shape, hidden, dropout"),
+        (("--set", "hidden"), "--set hidden: expected NAME=VALUE"),
+        (("--published",), "no published recipe of tiny for the data set 'digits'"),
+    ):
+        with pytest.raises(UserError, match=message):
+            command(*digits, *arguments)
+    assert command(*digits, "--set", "hidden=3") == 0
+    with pytest.raises(UserError, match="--set hidden: 4, but the run to resume has 3"):
+        command(*digits, "--set", "hidden=4", "--resume")

@@ -1,21 +1,14 @@
 """Readers of image files: what they give, and what they say of damaged ones."""
 
 import doctest
-import gzip
 import struct
 
 import numpy as np
 import pytest
 import torch
-from standins import random_images, save_png
+from standins import random_images, save_png, write_idx
 
 from fastflow.train import data, load_data, pixels
-
-
-def write_idx(path, array, kind=8):
-    raw = bytes([0, 0, kind, array.ndim]) + struct.pack(f">{array.ndim}I", *array.shape)
-    raw += array.tobytes()
-    path.write_bytes(gzip.compress(raw) if path.suffix == ".gz" else raw)
 
 
 def test_doctests():
