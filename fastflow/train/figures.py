@@ -47,8 +47,10 @@ def draw_points(
     """Writes a PNG: a panel of points [N, 2] for every temperature, and one of the density of `model` if given."""
     spread = torch.cat([torch.quantile(x, torch.tensor([0.002, 0.998]), dim=0) for x in drawn])
     low, high = spread.amin(0), spread.amax(0)
-    low, high = low - 0.15 * (high - low) - 1e-3, high + 0.15 * (high - low) + 1e-3
-    panels, tall = len(drawn) + (model is not None), ((high - low)[1] / (high - low)[0]).clamp(0.3, 3).item()
+    margin = 0.15 * (high - low) + 1e-3
+    low, high = (low - margin).tolist(), (high + margin).tolist()
+    panels = len(drawn) + (model is not None)
+    tall = min(3.0, max(0.3, (high[1] - low[1]) / (high[0] - low[0])))
     figure = _figure(3 * panels, 0.6 + 3 * tall)
     axes = figure.subplots(1, panels, squeeze=False, sharex=True, sharey=True)[0]
     for axis, x, temperature in zip(axes, drawn, temperatures, strict=False):
@@ -66,9 +68,9 @@ def draw_points(
 
 
 @torch.no_grad()
-def _density(model: nn.Module, low: Tensor, high: Tensor, side: int = 160):
+def _density(model: nn.Module, low: Sequence[float], high: Sequence[float], side: int = 160):
     """p(x) on a grid, [side, side], rows along the second variable."""
-    x, y = (torch.linspace(float(low[k]), float(high[k]), side) for k in (0, 1))
+    x, y = (torch.linspace(low[k], high[k], side) for k in (0, 1))
     grid = torch.stack(torch.meshgrid(x, y, indexing="xy"), 2).view(-1, 2)
     device = next(model.parameters()).device
     return model(grid.to(device)).exp().view(side, side).cpu().numpy()
