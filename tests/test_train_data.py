@@ -106,7 +106,8 @@ def test_packed_bits(tmp_path):
     np.savez(
         path, **{part: np.packbits(bits[i : i + 2], axis=1) for part, i in (("train", 0), ("valid", 2), ("test", 4))}
     )
-    data = load_data("mnist-static", path, form="static", flat=True)
+    data = load_data("mnist-static", path, flat=True)
+    assert data.form == "static" and load_data("mnist-static", path, form="dequantized").levels == 2
     assert data.shape == (784,) and data.image_shape == (1, 28, 28)
     for part, i in ((data.train, 0), (data.held_out, 2), (data.test, 4)):
         assert np.array_equal(part.flatten(1).numpy(), bits[i : i + 2])

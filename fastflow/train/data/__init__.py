@@ -17,6 +17,8 @@ from .toys import TOYS, load_toy
 
 __all__ = ["BUNDLED", "FORMS", "NAMES", "Audio", "Dataset", "Images", "Patches", "Rows", "load_data"]
 
+_BITS = ("mnist-static", "binary", "caltech")  # seen as bits unless another form is asked for
+
 _FILES = {"rows": load_rows, "patches": load_patches, "audio": load_audio}
 
 NAMES = (*IMAGES, *_FILES, *TOYS)
@@ -42,6 +44,8 @@ def load_data(
     MATLAB file; `images`, a folder of PNG and JPEG (`size`: crop and resize). Rows: `rows`, CSV or npz (options of
     `load_rows`), and the toys `moons`, `circles`, `rings`, `gaussians`, `pinwheel`, `spirals`, `checkerboard`.
     `patches`: of the images in two folders (`load_patches`). `audio`: WAV files or npz (`load_audio`).
+
+    Without a `form`, `mnist-static`, `binary` and `caltech` are seen as bits, other images dequantised.
 
     `valid`: so many of the last training samples are held out instead, and what was held out is the test set.
 
@@ -76,9 +80,8 @@ def load_data(
         data = _FILES[name](name, *paths, **options)
     else:
         found = IMAGES[name](*paths, **options)
-        data = Images(
-            name, found.train, found.held_out, found.levels, form or "dequantized", bool(flat), test=found.test
-        )
+        form = form or ("static" if name in _BITS else "dequantized")
+        data = Images(name, found.train, found.held_out, found.levels, form, bool(flat), test=found.test)
     return _validated(data, valid)
 
 
