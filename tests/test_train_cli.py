@@ -199,21 +199,20 @@ def test_a_kind_of_data_each(tmp_path, capsys):
 
 def test_results_and_their_table(tmp_path):
     np.savetxt(tmp_path / "t.csv", np.random.default_rng(0).normal(size=(200, 3)), delimiter=",")
-    arguments = ("tiny", "--data", "rows", "--root", tmp_path / "t.csv")
+    arguments = ("tiny", "--data", "rows", "--root", tmp_path / "t.csv", "--load", "drop=[1]")
     one, two, three = (tmp_path / name for name in ("one", "two", "three"))
     assert command(*arguments, "--out", one) == 0
     assert command(*arguments, "--out", two, "--set", "hidden=8", "--lr", 0.01, "--seed", 3, "--steps", 2) == 0
     assert command(*arguments, "--out", two, "--resume", "--steps", 3) == 0
     result = json.loads((two / "result.json").read_text())
-    assert (
-        result["command"] == "fastflow train tiny --data rows --root t.csv --set hidden=8 --steps 3 --lr 0.01 --seed 3"
-    )
+    changes = "--load 'drop=[1]' --set hidden=8 --steps 3 --lr 0.01 --seed 3"
+    assert result["command"] == f"fastflow train tiny --data rows --root t.csv {changes}"
     assert result["steps"] == 3 and result["config"]["hidden"] == 8 and result["train"]["lr"] == 0.01
     assert result["held_out"]["what"] == "20 test" and result["unit"] == "nats" and result["published"]["value"] == 1.0
     assert str(tmp_path) not in (two / "result.json").read_text()
     model, _ = load_model(two)
     assert result["parameters"] == sum(p.numel() for p in model.parameters())
-    data = load_data("rows", tmp_path / "t.csv")
+    data = load_data("rows", tmp_path / "t.csv", drop=(1,))
     assert result["held_out"]["value"] == pytest.approx(evaluate(model, data, part=data.test), rel=1e-5)
     assert result["naive"]["value"] == pytest.approx(data.baseline()[0])
 
@@ -242,6 +241,10 @@ def test_arguments_of_the_model(tmp_path):
     for arguments, message in (
         (("--set", "hiden=3"), "hiden: no argument of Tiny, which has image_shape, hidden, dropout"),
         (("--set", "hidden"), "--set hidden: expected NAME=VALUE"),
+        (("--set", "hidden=many"), "--set: Tiny cannot be made of {'hidden': 'many'}"),
+        (("--load", "form=grey"), "form: expected one of"),
+        (("--load", "valid=many"), "valid: expected a number of samples, got 'many'"),
+        (("--load", "colour=1"), "colour: no option of 'digits'"),
         (("--published",), "no published recipe of tiny for the data set 'digits'"),
     ):
         with pytest.raises(UserError, match=message):

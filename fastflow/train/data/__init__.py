@@ -67,6 +67,8 @@ def load_data(
     if name not in IMAGES and (form or flat):
         raise UserError(f"form, flat: for images only, got {name!r}")
     _check(name, options)
+    if not isinstance(valid, int) or valid < 0:
+        raise UserError(f"valid: expected a number of samples, got {valid!r}")
     if name in BUNDLED:
         root = None
     elif root is None:
@@ -82,7 +84,7 @@ def load_data(
         found = IMAGES[name](*paths, **options)
         form = form or ("static" if name in _BITS else "dequantized")
         data = Images(name, found.train, found.held_out, found.levels, form, bool(flat), test=found.test)
-    return _validated(data, valid)
+    return _with_validation(data, valid)
 
 
 def _check(name: str, options: dict[str, Any]) -> None:
@@ -94,10 +96,10 @@ def _check(name: str, options: dict[str, Any]) -> None:
         raise UserError(f"{min(unknown)}: no option of {name!r}, which has {', '.join(sorted(known)) or 'none'}")
 
 
-def _validated(data: Dataset, valid: int) -> Dataset:
+def _with_validation(data: Dataset, valid: int) -> Dataset:
     if not valid:
         return data
-    if not 0 < valid < len(data.train):
+    if valid >= len(data.train):
         raise UserError(
             f"valid: expected fewer than the {len(data.train)} training samples of {data.name}, got {valid}"
         )

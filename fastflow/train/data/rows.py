@@ -67,7 +67,7 @@ def load_rows(
     for part, rows in found.items():
         finite(root, part, rows)
     width = found["train"].shape[1]
-    if bad := [column for column in drop if not -width <= column < width]:
+    if bad := [column for column in drop if not isinstance(column, int) or not -width <= column < width]:
         raise UserError(f"drop: expected columns of {-width}..{width - 1} in {root}, got {bad[0]}")
     dropped = {column % width for column in drop}
     keep = [column for column in range(width) if column not in dropped]
