@@ -271,7 +271,10 @@ def test_bad_columns(tmp_path):
     constant[:, 2] = 0.1
     path.write_text(text(rows=constant))
     refuses("the constant column 2", "rows", path)
-    assert load_data("rows", path, drop=(2,)).shape == (2,)
+    assert load_data("rows", path, drop=2).shape == (2,)
+    refuses("keep at least one of the 3 columns", "rows", path, drop=(0, 1, 2))
+    with pytest.raises(UserError, match="separator: expected one character, got ';;'"):
+        load_data("rows", path, separator=";;")
 
 
 def test_gaussian_baseline():

@@ -96,7 +96,9 @@ def draw_curve(
         axis.axhline(baseline[0], ls="--", color="black", lw=1, label=baseline[1])
     if train:  # the first steps are far above everything that follows
         values = sorted(value for _, value in train + held_out)
-        low, high = min(values[0], baseline[0] if baseline else values[0]), values[int(0.97 * (len(values) - 1))]
+        low, high = values[0], values[int(0.97 * (len(values) - 1))]
+        if baseline is not None:
+            low, high = min(low, baseline[0]), max(high, baseline[0])
         axis.set_ylim(low - 0.05 * (high - low) - 1e-3, high + 0.15 * (high - low) + 1e-3)
     axis.set(xlabel="step", ylabel=unit)
     axis.grid(alpha=0.3)

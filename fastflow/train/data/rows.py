@@ -4,6 +4,7 @@ import csv
 import gzip
 import math
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,7 @@ def gaussian_nats(train: Tensor, held_out: Tensor) -> float:
 
 
 def load_rows(
-    name: str, root: Path, *, standardize: bool = True, drop: tuple[int, ...] = (), separator: str | None = None
+    name: str, root: Path, *, standardize: bool = True, drop: int | Sequence[int] = (), separator: str | None = None
 ) -> Rows:
     """Rows from CSV (`.csv`, `.csv.gz`), from npz, or from a folder of `*train*.npz`, `*val*.npz`, `*test*.npz`.
 
@@ -66,11 +67,13 @@ def load_rows(
     same_shape(root, found)
     for part, rows in found.items():
         finite(root, part, rows)
-    width = found["train"].shape[1]
+    width, drop = found["train"].shape[1], [drop] if isinstance(drop, int) else drop
     if bad := [column for column in drop if not isinstance(column, int) or not -width <= column < width]:
         raise UserError(f"drop: expected columns of {-width}..{width - 1} in {root}, got {bad[0]}")
     dropped = {column % width for column in drop}
     keep = [column for column in range(width) if column not in dropped]
+    if not keep:
+        raise UserError(f"drop: expected to keep at least one of the {width} columns of {root}")
     found = {part: rows[:, keep] for part, rows in found.items()}
     if "held_out" not in found:
         shares = (10,) if "test" in found else (10, 10)
@@ -95,11 +98,8 @@ def _float(rows: Tensor | None) -> Tensor | None:
 def _parts(root: Path, separator: str | None) -> dict[str, Tensor]:
     """The rows in float64, by part; only `train` is always there."""
     if root.is_dir():
-        files = sorted(root.glob("*.npz"))
-        found = {
-            p: [f for f in files if w in f.stem.lower()]
-            for p, w in (("train", "train"), ("held_out", "val"), ("test", "test"))
-        }
+        files, words = sorted(root.glob("*.npz")), {"train": "train", "held_out": "val", "test": "test"}
+        found = {part: [f for f in files if word in f.stem.lower()] for part, word in words.items()}
         if any(len(f) > 1 for f in found.values()) or not (found["train"] or found["held_out"]):
             raise UserError(
                 f"{root}: expected one file each of *train*.npz (or *val*.npz) and *test*.npz, "
@@ -112,14 +112,13 @@ def _parts(root: Path, separator: str | None) -> dict[str, Tensor]:
     if root.suffix != ".npz":
         return {"train": read_csv(root, separator)}
     arrays = read_npz(root)
-    names = (
-        {"train": "train", "valid": "held_out", "val": "held_out", "test": "test"}
-        if "train" in arrays
-        else {"x": "train"}
-    )
-    if "train" not in arrays and "x" not in arrays:
+    names = {"train": "train", "valid": "held_out", "val": "held_out", "test": "test"}
+    if "train" not in arrays:
+        names = {"x": "train"}
+    found = {part: _matrix(root, key, arrays[key]) for key, part in names.items() if key in arrays}
+    if not found:
         raise UserError(f"{root}: expected arrays 'x', or 'train' and 'test', got {sorted(arrays)}")
-    return {part: _matrix(root, key, arrays[key]) for key, part in names.items() if key in arrays}
+    return found
 
 
 def _matrix(path: Path, name: str, array) -> Tensor:
@@ -140,7 +139,15 @@ def read_csv(path: Path, separator: str | None = None) -> Tensor:
     lines = text.splitlines()
     if separator is None:
         separator = max(_SEPARATORS, key=lambda s: lines[0].count(s) if lines else 0)
-    reader = csv.reader(lines, delimiter=separator)
+    if len(separator) != 1:
+        raise UserError(f"separator: expected one character, got {separator!r}")
+    try:
+        return _numbers(path, csv.reader(lines, delimiter=separator))
+    except csv.Error as error:
+        raise UserError(f"{path}: expected CSV ({error})") from error
+
+
+def _numbers(path: Path, reader) -> Tensor:
     rows: list[list[float]] = []
     names: list[str] | None = None
     for fields in reader:
