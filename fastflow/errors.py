@@ -7,6 +7,9 @@ from types import ModuleType
 class UserError(ValueError):
     """A mistake of the caller, said in one line; the command line prints it and exits with 2."""
 
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(message.splitlines()))
+
 
 class MissingPackage(UserError, ImportError):
     """An optional package that this step needs is not installed."""

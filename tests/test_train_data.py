@@ -160,14 +160,18 @@ def test_silhouettes(tmp_path):
     data = load_data("caltech", path, form="static")
     assert data.levels == 2 and data.train[:, 0, 0].min() == 1 and data.train[:, 0, 1:].max() == 0
     assert [len(p) for p in (data.train, data.held_out, data.test)] == [8, 1, 1]
+    for options in ({"do_compression": True}, {"format": "5", "long_field_names": True}):
+        io.savemat(path, {"names": np.array(["a", "b"], object), "X": io.loadmat(path)["X"].astype(float)}, **options)
+        assert torch.equal(load_data("caltech", path).train, data.train)
     raw = load_data("caltech", path, transpose=False, invert=False)
     assert raw.train[0, 0, :, 0].max() == 0 and raw.train[0, 0, :, 1:].min() == 1
     whole = path.read_bytes()
-    for damaged in (b"", b"hello", whole[:150], whole[: len(whole) // 2]):
+    for damaged in (b"", b"hello", whole[:130], whole[:150], whole[: len(whole) // 2]):
         path.write_bytes(damaged)
         refuses("MATLAB file", "caltech", path)
     for arrays, message in (
-        ({"Y": upright}, r"the matrix 'X', got \['Y'\]"),
+        ({"Y": upright}, r"numbers 'X', got \['Y'\]"),
+        ({"X": ["a", "b"]}, r"numbers 'X', got \['X'\]"),
         ({"X": np.full((3, 16), 2)}, "values 0 and 1"),
         ({"X": np.zeros((3, 15))}, r"\[N, S\*S\], got float64 \[3, 15\]"),
     ):
