@@ -234,6 +234,58 @@ def save_png(path, array):
     Image.fromarray(array).save(path)
 
 
+def write_mat(path, name, array):
+    """A MATLAB file of version 5 with one matrix of bytes."""
+
+    def element(kind, content):
+        return struct.pack("<2I", kind, len(content)) + content + bytes(-len(content) % 8)
+
+    head = element(6, struct.pack("<2I", 9, 0)) + element(5, struct.pack("<2i", *array.shape))
+    matrix = element(14, head + element(1, name.encode()) + element(2, array.T.tobytes()))
+    path.write_bytes(b"MATLAB 5.0".ljust(124) + struct.pack("<H", 0x100) + b"IM" + matrix)
+
+
+def files(name, folder):
+    """The path of a data set like `name`, as small as may be."""
+    path = folder / {"rows": "table.csv", "caltech": "x.mat"}.get(name, "x.npz")
+    bits = {part: random_images(40, 784, high=2) for part in ("train", "valid", "test")}
+    if name == "mnist":
+        for part in ("train", "t10k"):
+            write_idx(folder / f"{part}-images-idx3-ubyte", random_images(40, 28, 28))
+        return folder
+    if name == "mnist-static":
+        np.savez(path, **{part: np.packbits(rows, axis=1) for part, rows in bits.items()})
+    elif name == "binary":
+        np.savez(path, **{part: rows[:, :100] for part, rows in bits.items()})
+    elif name == "freyfaces":
+        np.savez(path, x=random_images(60, 28, 20))
+    elif name == "omniglot":
+        for word in ("background", "evaluation"):
+            np.savez(folder / f"{word}.npz", ink=random_images(4, 10, 105, 105) > 250)
+        return folder
+    elif name == "caltech":
+        write_mat(path, "X", bits["train"])
+    elif name == "images":
+        for i, image in enumerate(random_images(40, 16, 16, 3)):
+            save_png(folder / f"{i}.png", image)
+        return folder
+    elif name == "npz":
+        np.savez(path, x=random_images(40, 16, 16))
+    elif name == "rows":
+        np.savetxt(path, np.random.default_rng(0).normal(size=(60, 6)), delimiter=",")
+    elif name == "patches":
+        for part in ("train", "test"):
+            for i in range(3):
+                save_png(folder / part / f"{i}.png", random_images(20, 20))
+        return folder
+    elif name == "audio":
+        sound = np.random.default_rng(0).normal(size=20000).clip(-1, 1)
+        np.savez(path, audio=sound, offsets=np.arange(0, 20001, 500), test=np.arange(40) < 20)
+    else:
+        raise AssertionError(f"no little {name!r} here: add it")
+    return path
+
+
 if __name__ == "__main__":
     mount()
     if "LOCAL_RANK" in os.environ:

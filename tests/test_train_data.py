@@ -8,10 +8,10 @@ import wave
 import numpy as np
 import pytest
 import torch
-from standins import random_images, save_png
+from standins import files, random_images, save_png
 
 from fastflow.train import Images, UserError, load_data, noise
-from fastflow.train.data import TOYS, Rows, audio
+from fastflow.train.data import BUNDLED, NAMES, TOYS, Rows, audio
 from fastflow.train.data.rows import gaussian_nats
 
 
@@ -422,3 +422,27 @@ def test_bigram_baseline():
     assert audio.bigram_bits(codes, codes) < 0.1
     uniform = torch.randint(256, (50, 1000), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     assert audio.bigram_bits(uniform, uniform) == pytest.approx(8, abs=1)
+
+
+# --- damage -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in BUNDLED])
+def test_damaged_files(tmp_path, name):
+    """Cut anywhere and with bytes changed anywhere: data, or one line; nothing else."""
+    generator = np.random.default_rng(7)
+    root = files(name, tmp_path)
+    options = {"patches": {"train": 60, "held_out": 20, "test": 20}, "audio": {"length": 64}}.get(name, {})
+    path = root if root.is_file() else next(p for p in sorted(root.rglob("*")) if p.is_file())
+    whole = path.read_bytes()
+    for trial in range(12):
+        raw = bytearray(whole)
+        if trial % 3 == 0:
+            raw = raw[: generator.integers(len(raw))]
+        for at in generator.integers(min(len(raw), (64, 400, len(raw))[trial % 3]), size=4 * (trial % 3 > 0)):
+            raw[at if trial % 2 else -1 - at] = generator.integers(256)
+        path.write_bytes(raw)
+        try:
+            load_data(name, root, **options)
+        except (UserError, FileNotFoundError) as error:
+            assert "\n" not in str(error)
