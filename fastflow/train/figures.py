@@ -57,23 +57,25 @@ def draw_points(
         axis.scatter(*x.T.numpy(), s=1.5, lw=0, alpha=0.6)
         axis.set(title=f"T = {temperature:g}", xlim=(low[0], high[0]), ylim=(low[1], high[1]), aspect="equal")
     if model is not None:
+        density = _density(model, low, high)
         axes[-1].imshow(
-            _density(model, low, high),
+            density.numpy(),
             origin="lower",
             extent=(low[0], high[0], low[1], high[1]),
             interpolation="bilinear",
+            vmax=density.flatten().quantile(0.998),  # a needle would leave the rest dark
         )
         axes[-1].set(title="density", aspect="equal")
     figure.savefig(path, dpi=150)
 
 
 @torch.no_grad()
-def _density(model: nn.Module, low: Sequence[float], high: Sequence[float], side: int = 160):
+def _density(model: nn.Module, low: Sequence[float], high: Sequence[float], side: int = 160) -> Tensor:
     """p(x) on a grid, [side, side], rows along the second variable."""
     x, y = (torch.linspace(low[k], high[k], side) for k in (0, 1))
     grid = torch.stack(torch.meshgrid(x, y, indexing="xy"), 2).view(-1, 2)
     device = next(model.parameters()).device
-    return model(grid.to(device)).exp().view(side, side).cpu().numpy()
+    return model(grid.to(device)).exp().view(side, side).cpu()
 
 
 def draw_curve(
