@@ -207,6 +207,7 @@ def test_results_and_their_table(tmp_path):
     result = json.loads((two / "result.json").read_text())
     changes = "--load 'drop=[1]' --set hidden=8 --steps 3 --lr 0.01 --seed 3"
     assert result["command"] == f"fastflow train tiny --data rows --root t.csv {changes}"
+    assert result["data"] == "rows: t.csv"
     assert result["steps"] == 3 and result["config"]["hidden"] == 8 and result["train"]["lr"] == 0.01
     assert result["held_out"]["what"] == "20 test" and result["unit"] == "nats" and result["published"]["value"] == 1.0
     assert str(tmp_path) not in (two / "result.json").read_text()

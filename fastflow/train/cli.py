@@ -221,6 +221,7 @@ def _summarise(
     write_result(
         out,
         command=_command(args, recipe, data, model, config),
+        root=args.root and args.root.name,
         model=model,
         data=meta["data"],
         config=config,

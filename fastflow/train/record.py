@@ -31,6 +31,7 @@ def write_result(
     out: Path,
     *,
     command: str,
+    root: str | None,
     model: torch.nn.Module,
     data: dict[str, Any],
     config: TrainConfig,
@@ -40,11 +41,11 @@ def write_result(
     naive: tuple[float, str],
     published: tuple[float, str] | None,
 ) -> None:
-    """Writes `out/result.json`, atomically. `figure` and `naive` are (value, what it is)."""
+    """Writes `out/result.json`, atomically. `figure` and `naive` are (value, what it is), `root` is the name of the files."""
     device = next(model.parameters()).device
     record = {
         "model": type(model).__name__,
-        "data": data["name"],
+        "data": data["name"] if root in (None, data["name"]) else f"{data['name']}: {root}",
         "command": command,
         "config": model.config,
         "train": asdict(config),
