@@ -41,7 +41,10 @@ def write_result(
     naive: tuple[float, str],
     published: tuple[float, str] | None,
 ) -> None:
-    """Writes `out/result.json`, atomically. `figure` and `naive` are (value, what it is), `root` is the name of the files."""
+    """Writes `out/result.json`, atomically.
+
+    `figure` and `naive` are (value, what it is), `root` is the name of the data's files.
+    """
     device = next(model.parameters()).device
     record = {
         "model": type(model).__name__,
@@ -107,7 +110,7 @@ def table(results: Sequence[dict[str, Any]]) -> str:
 
 
 def _count(n: int) -> str:
-    return f"{n / 1e6:.3g} M" if n >= 1e6 else f"{n / 1e3:.3g} k"
+    return f"{n / 1e6:.3g} M" if n >= 1e6 else f"{n / 1e3:.3g} k" if n >= 1e3 else f"{n}"
 
 
 def _duration(seconds: float) -> str:
