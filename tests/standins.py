@@ -273,6 +273,10 @@ def files(name, folder):
         np.savez(path, x=random_images(40, 16, 16))
     elif name == "rows":
         np.savetxt(path, np.random.default_rng(0).normal(size=(60, 6)), delimiter=",")
+    elif name == "miniboone":
+        for part in ("val", "test"):
+            np.savez(folder / f"{part}.npz", x=np.random.default_rng(0).normal(size=(40, 6)))
+        return folder
     elif name == "patches":
         for part in ("train", "test"):
             for i in range(3):

@@ -260,6 +260,7 @@ def test_a_folder_of_npz_rows(tmp_path):
     np.savez(tmp_path / "mini_test.npz", x=TABLE[40:])
     data = load_data("rows", tmp_path)  # no training rows: those of the validation
     assert [len(p) for p in (data.train, data.held_out, data.test)] == [36, 4, 20]
+    assert data.mean is not None and load_data("miniboone", tmp_path).mean is None
     np.savez(tmp_path / "mini_train.npz", x=TABLE)
     data = load_data("rows", tmp_path)
     assert [len(p) for p in (data.train, data.held_out, data.test)] == [60, 40, 20]

@@ -2,6 +2,7 @@
 
 import inspect
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,12 @@ __all__ = ["BUNDLED", "FORMS", "NAMES", "Audio", "Dataset", "Images", "Patches",
 
 _BITS = ("mnist-static", "binary", "caltech")  # seen as bits unless another form is asked for
 
-_FILES = {"rows": load_rows, "patches": load_patches, "audio": load_audio}
+_FILES = {
+    "rows": load_rows,
+    "miniboone": partial(load_rows, standardize=False),
+    "patches": load_patches,
+    "audio": load_audio,
+}
 
 NAMES = (*IMAGES, *_FILES, *TOYS)
 
@@ -42,7 +48,7 @@ def load_data(
     Images (`Images` has their `form` and `flat`): `digits`, bundled with scikit-learn; `mnist`, a folder of IDX
     files; `mnist-static`, `binary`, `freyfaces`, `npz`, archives of NumPy; `omniglot`, a folder of them; `caltech`, a
     MATLAB file; `images`, a folder of PNG and JPEG (`size`: crop and resize). Rows: `rows`, CSV or npz (options of
-    `load_rows`), and the toys `moons`, `circles`, `rings`, `gaussians`, `pinwheel`, `spirals`, `checkerboard`.
+    `load_rows`), `miniboone`, the same, left as it is (it is passed around whitened), and the toys `moons`, `circles`, `rings`, `gaussians`, `pinwheel`, `spirals`, `checkerboard`.
     `patches`: of the images in two folders (`load_patches`). `audio`: WAV files or npz (`load_audio`).
 
     Without a `form`, `mnist-static`, `binary` and `caltech` are seen as bits, other images dequantised.
