@@ -48,7 +48,8 @@ def load_data(
     Images (`Images` has their `form` and `flat`): `digits`, bundled with scikit-learn; `mnist`, a folder of IDX
     files; `mnist-static`, `binary`, `freyfaces`, `npz`, archives of NumPy; `omniglot`, a folder of them; `caltech`, a
     MATLAB file; `images`, a folder of PNG and JPEG (`size`: crop and resize). Rows: `rows`, CSV or npz (options of
-    `load_rows`), `miniboone`, the same, left as it is (it is passed around whitened), and the toys `moons`, `circles`, `rings`, `gaussians`, `pinwheel`, `spirals`, `checkerboard`.
+    `load_rows`), `miniboone`, the same, left as it is (it is passed around whitened), and the toys `moons`,
+    `circles`, `rings`, `gaussians`, `pinwheel`, `spirals`, `checkerboard`.
     `patches`: of the images in two folders (`load_patches`). `audio`: WAV files or npz (`load_audio`).
 
     Without a `form`, `mnist-static`, `binary` and `caltech` are seen as bits, other images dequantised.
