@@ -10,6 +10,7 @@ from fastflow.ops.gaussian_kl import gaussian_kl
 from fastflow.ops.scale_map import ScaleMap, scale_map
 from fastflow.ops.trace import Rademacher, TraceEstimate, bottleneck_trace, exact_trace, hutchinson, probes
 from fastflow.ops.trace_mlp import mlp_trace
+from fastflow.ops.wavenet import wavenet_stack
 
 __all__ = [
     "BackendError",
@@ -32,4 +33,5 @@ __all__ = [
     "probes",
     "scale_map",
     "use_backend",
+    "wavenet_stack",
 ]

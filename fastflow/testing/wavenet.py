@@ -1,0 +1,98 @@
+"""The cases of WaveNet's stack."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from fastflow import ops
+from fastflow.testing.case import Case, Inputs, randn
+
+# samples, steps, residual, gated and skip channels, dilations
+SIZES = {
+    "tiny": (2, 5, 3, 2, 4, (1, 2)),
+    "odd": (3, 70, 17, 18, 33, (1, 33, 4)),
+    "bench": (4, 300, 32, 32, 48, (1, 2, 4, 64)),
+}
+
+
+def _inputs(size: str, width: int, features: int, each: bool) -> Inputs:
+    samples, steps, residual, gated, skip, dilations = SIZES[size]
+    layers = len(dilations)
+    made = {
+        "x": randn(samples, steps, residual),
+        "weight": randn(layers, 2 * gated, residual, width, seed=1) / (width * residual) ** 0.5,
+        "bias": 0.3 * randn(*((layers, samples) if each else (layers,)), 2 * gated, seed=2),
+        "residual_weight": randn(layers, residual, gated, seed=3) / gated**0.5,
+        "residual_bias": 0.3 * randn(layers, residual, seed=4),
+        "skip_weight": randn(layers, skip, gated, seed=5) / gated**0.5,
+        "skip_bias": 0.3 * randn(layers, skip, seed=6),
+    }
+    if features:
+        made["context"] = randn(samples, steps, features, seed=7)
+        made["context_weight"] = 0.5 * randn(layers, 2 * gated, features, seed=8)
+    made["dilations"] = torch.tensor(dilations)
+    return made
+
+
+def _run(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    residual_weight: Tensor,
+    residual_bias: Tensor,
+    skip_weight: Tensor,
+    skip_bias: Tensor,
+    dilations: Tensor,
+    order: Tensor | None = None,
+    context: Tensor | None = None,
+    backend: str | None = None,
+    **rest: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Where every sample has a bias it has a past too.
+
+    With ``order`` samples and channels are permuted on the way in, and back on the way out.
+    """
+    dilations, past = dilations.tolist(), None
+    if bias.dim() == 3:
+        rows = (weight.shape[3] - 1) * sum(dilations)
+        bias, past = bias[:, : len(x)], randn(x.shape[0], rows, x.shape[2], seed=9).to(x)
+    if order is None:
+        weights = (weight, bias, residual_weight, residual_bias, skip_weight, skip_bias)
+        return ops.wavenet_stack(x, *weights, dilations, context=context, past=past, backend=backend, **rest)
+    generator = torch.Generator().manual_seed(int(order))
+
+    def permuted(n: int) -> Tensor:
+        return torch.randperm(n, generator=generator).to(x.device)
+
+    b, c, d = permuted(x.shape[0]), permuted(x.shape[2]), permuted(residual_weight.shape[2])
+    both = torch.cat([d, d + len(d)])
+    h, skip = ops.wavenet_stack(
+        x[b][..., c],
+        weight[:, both][:, :, c],
+        bias[:, both] if bias.dim() == 2 else bias[:, b][..., both],
+        residual_weight[:, c][..., d],
+        residual_bias[:, c],
+        skip_weight[..., d],
+        skip_bias,
+        dilations,
+        context=None if context is None else context[b],
+        past=None if past is None else past[b][..., c],
+        backend=backend,
+        **{name: tensor[:, both] for name, tensor in rest.items()},
+    )
+    return h[b.argsort()][..., c.argsort()], skip[b.argsort()]
+
+
+def _orders(inputs: Inputs) -> Iterator[Inputs]:
+    return ({**inputs, "order": torch.tensor(seed)} for seed in range(6))
+
+
+def cases() -> Iterator[Case]:
+    for name, width, features, each in (("plain", 2, 0, False), ("conditioned", 3, 5, True)):
+        make = partial(_inputs, width=width, features=features, each=each)
+        keep = tuple(k for k in make("tiny") if k not in ("x", "context"))
+        yield Case("wavenet", name, _run, make, keep=keep, orders=_orders, selftest=True)
