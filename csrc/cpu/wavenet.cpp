@@ -272,7 +272,8 @@ void wavenet_fwd(const View& x, const View& gate, const View& bias, const View& 
                  const View& out, const View& sum) {
   with_accumulator(x.dtype, [&](auto type) {
     using T = decltype(type);
-    const int64_t samples = x.size[0], steps = x.size[1], channels = x.size[2], features = context ? context.size[2] : 0;
+    const int64_t samples = x.size[0], steps = x.size[1], channels = x.size[2],
+                  features = context ? context.size[2] : 0;
     const Layers<T> net(samples, channels, features, gate, bias, residual, skip, dilations);
     const int64_t rows = net.past + net.depth * steps;
     if (x.stride[2] != 1) throw std::invalid_argument("x: expected dense rows");
