@@ -11,7 +11,7 @@ from fastflow.ops.scale_map import ScaleMap, scale_map
 from fastflow.ops.trace import Rademacher, TraceEstimate, bottleneck_trace, exact_trace, hutchinson, probes
 from fastflow.ops.trace_mlp import mlp_trace
 from fastflow.ops.wavenet import wavenet_stack
-from fastflow.ops.wavenet_generate import WaveNetWeights, wavenet_generate, wavenet_weights
+from fastflow.ops.wavenet_generate import WaveNetWeights, wavenet_feed, wavenet_generate, wavenet_weights
 
 __all__ = [
     "BackendError",
@@ -35,6 +35,7 @@ __all__ = [
     "probes",
     "scale_map",
     "use_backend",
+    "wavenet_feed",
     "wavenet_generate",
     "wavenet_stack",
     "wavenet_weights",

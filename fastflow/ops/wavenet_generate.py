@@ -10,13 +10,14 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from fastflow.ops import _check, wavenet
 from fastflow.ops._backend import BackendError, Family, choose
 from fastflow.ops._op import accumulator, op
 from fastflow.ops.wavenet import PAD, pack, padded
 
-__all__ = ["WaveNetWeights", "wavenet_generate", "wavenet_weights"]
+__all__ = ["WaveNetWeights", "embed", "wavenet_feed", "wavenet_generate", "wavenet_weights"]
 
 FAMILY = Family("wavenet")
 
@@ -45,6 +46,11 @@ class WaveNetWeights(NamedTuple):
     def rows(self) -> int:
         """P: rows of the rings of all layers."""
         return (self.width - 1) * sum(self.dilations)
+
+    @property
+    def levels(self) -> int:
+        """V"""
+        return self.embedding.shape[1]
 
 
 def wavenet_weights(
@@ -96,14 +102,10 @@ def reference(
     before, levels = in_order(past, rows, position), embedding.shape[1]
     codes, kept = uniforms.new_empty(uniforms.shape, dtype=torch.int64), []
     for step in range(uniforms.shape[1]):
-        h = sum(
-            torch.where((code >= 0)[:, None], table[code.clamp(min=0)], 0)
-            for table, code in zip(embedding, recent.unbind(1), strict=True)
-        )
         c = None if context is None else context[:, step : step + 1]
-        _, total, before = wavenet.reference(h[:, None], gate, bias, residual, skip, c, before, dilations)
-        a = torch.relu(torch.relu(total[:, 0]) @ hidden[:-1] + hidden[-1])
-        logits = (a @ output[:-1] + output[-1])[:, :levels]
+        h = embed(recent, embedding)
+        _, total, before = wavenet.reference(h, gate, bias, residual, skip, c, before, dilations)
+        logits = _head(total[:, 0], hidden, output)[:, :levels]
         if not logits.isfinite().all():
             raise ValueError("the logits of a WaveNet are not finite")
         codes[:, step] = draw(logits, uniforms[:, step], temperature)
@@ -111,6 +113,18 @@ def reference(
         kept.append(logits)
     past.copy_(in_order(before, rows, -position - uniforms.shape[1]))
     return codes, torch.stack(kept, 1) if keep and kept else past.new_empty(0)
+
+
+def embed(codes: Tensor, embedding: Tensor) -> Tensor:
+    """h_j = sum over i of E_i[x_{j + i}]: [B, w + n - 1] codes, -1 for none, and E [w, V, R] to [B, n, R]."""
+    steps = codes.shape[1] - len(embedding) + 1
+    tables = F.pad(embedding, (0, 0, 1, 0))  # a row of zeros for no code
+    return sum(F.embedding(codes[:, i : i + steps] + 1, table) for i, table in enumerate(tables))
+
+
+def _head(skip: Tensor, hidden: Tensor, output: Tensor) -> Tensor:
+    a = torch.relu(torch.relu(skip) @ hidden[:-1] + hidden[-1])
+    return a @ output[:-1] + output[-1]
 
 
 def draw(logits: Tensor, uniforms: Tensor, temperature: float) -> Tensor:
@@ -201,7 +215,9 @@ def wavenet_generate(
     >>> wavenet_generate(weights, past, recent, torch.rand(5, 100, dtype=torch.float64)).shape
     torch.Size([5, 100])
     """
-    _check_generate(weights, past, recent, uniforms, position, temperature, context)
+    _check_state(weights, past, recent, uniforms, torch.float64, "uniforms", position, context)
+    if not 0 <= temperature < float("inf"):
+        raise ValueError(f"temperature: expected a finite number of at least 0, got {temperature}")
     tensors = (past, *weights[:7], uniforms, context)
     backend = choose(FAMILY, tensors, backend)
     if backend != "reference" and backend not in _generate:
@@ -217,10 +233,43 @@ def wavenet_generate(
     return (codes, logits) if return_logits else codes
 
 
-def _check_generate(
-    weights: WaveNetWeights, past: Tensor, recent: Tensor, uniforms: Tensor, position: int, temperature: float,
+@torch.no_grad()
+def wavenet_feed(
+    weights: WaveNetWeights,
+    past: Tensor,
+    recent: Tensor,
+    codes: Tensor,
+    *,
+    position: int = 0,
+    context: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Given codes [B, n] go through the network, all steps in parallel: the logits [B, n, V] of each from those before.
+
+    ``past`` and ``recent`` are then as if :func:`wavenet_generate`, which see for the arguments, had drawn them.
+    """
+    _check_state(weights, past, recent, codes, torch.int64, "codes", position, context)
+    if codes.numel() and not (0 <= codes.min() and codes.max() < weights.levels):
+        raise ValueError(f"codes: expected 0 to {weights.levels - 1}, got {codes.min()} to {codes.max()}")
+    backend = choose(wavenet.FAMILY, (past, *weights[:7], context), backend)
+    embedding, gate, bias, residual, skip, hidden, output = weights[:7]
+    if context is not None:
+        context = padded(context.to(past.dtype), 2, PAD).contiguous()
+    rows, steps = wavenet._rows(past, gate, context, weights.dilations), codes.shape[1]
+    every = torch.cat([recent, codes], 1)
+    matrices = (gate, bias.expand(-1, past.shape[0], -1), residual, skip)
+    before, x = in_order(past, rows, position), embed(every[:, :-1], embedding)
+    _, total, after = wavenet.run(backend, x, *matrices, context, before, list(weights.dilations), True)
+    past.copy_(in_order(after, rows, -position - steps))
+    recent.copy_(every[:, steps:])
+    return _head(total, hidden, output)[..., : weights.levels]
+
+
+def _check_state(
+    weights: WaveNetWeights, past: Tensor, recent: Tensor, steps: Tensor, dtype: torch.dtype, name: str, position: int,
     context: Tensor | None,
 ) -> None:  # fmt: skip
+    """``steps`` [B, n] are the codes or uniforms."""
     _check.floating("past", past, 3)
     (taps, _, channels), samples = weights.embedding.shape, past.shape[0]
     if past.dtype != weights.embedding.dtype or past.shape[1:] != (weights.rows, channels) or not past.is_contiguous():
@@ -228,23 +277,23 @@ def _check_generate(
             f"past: expected a dense [B, {weights.rows}, {channels}] of {weights.embedding.dtype} for these weights,"
             f" got {list(past.shape)} of {past.dtype}"
         )
-    for name, tensor, dtype, shape in (
+    for what, tensor, wanted, shape in (
         ("recent", recent, torch.int64, [samples, taps]),
-        ("uniforms", uniforms, torch.float64, [samples, uniforms.shape[-1]]),
+        (name, steps, dtype, [samples, *steps.shape[1:2]]),
     ):
-        if tensor.dtype != dtype or list(tensor.shape) != shape or tensor.device != past.device:
+        if tensor.dtype != wanted or tensor.dim() != 2 or list(tensor.shape) != shape or tensor.device != past.device:
             raise ValueError(
-                f"{name}: expected {shape} of {dtype} on {past.device} for past of {list(past.shape)},"
-                f" got {list(tensor.shape)} of {tensor.dtype} on {tensor.device}"
+                f"{what}: expected {[samples, shape[1] if len(shape) > 1 else 'n']} of {wanted} on {past.device} for"
+                f" past of {list(past.shape)}, got {list(tensor.shape)} of {tensor.dtype} on {tensor.device}"
             )
     if not recent.is_contiguous():
         raise ValueError("recent: expected a dense tensor, for it is written to")
     if weights.bias.shape[1] not in (1, samples):
         raise ValueError(f"weights: expected one bias or one for each of {samples} streams, got {weights.bias.shape[1]}")
-    if position < 0 or not 0 <= temperature < float("inf"):
-        raise ValueError(f"position, temperature: expected finite numbers of at least 0, got {position}, {temperature}")
+    if position < 0:
+        raise ValueError(f"position: expected at least 0, got {position}")
     if (0 if context is None else context.shape[-1]) != weights.features:
         came = "none" if context is None else list(context.shape)
         raise ValueError(f"context: expected {weights.features} channels for these weights, got {came}")
     if context is not None:
-        _check.beside("context", context, past, (*uniforms.shape, weights.features))
+        _check.beside("context", context, past, (*steps.shape, weights.features))
