@@ -20,7 +20,7 @@ import torch
 if __name__ != "__main__":
     pytest.importorskip("triton")
 
-FAMILIES = ("coupling", "actnorm", "conv1x1", "gaussian", "trace")
+FAMILIES = ("coupling", "actnorm", "conv1x1", "gaussian", "trace", "wavenet")
 # Ragged sizes in float32 only, for the interpreter is slow: other dtypes differ in how they are loaded, stored and
 # rounded, and float64 in its scalar functions, which the tiny sizes show in every layout.
 TINY = ("tiny forward", "tiny gradient")
@@ -251,6 +251,7 @@ AHEAD = {
     "conv1x1": ("image-bias", "vector-bias", "weights-lu-actnorm", "weights-lu-actnorm-inverse"),
     "gaussian": ("log_prob-softplus", "standard", "sample-glow", "kl-softplus"),
     "trace": ("concat-tanh-3-wide", "concat_squash-silu-1-wide", "concat-tanh-3-wide-signs"),
+    "wavenet": ("plain",),
 }
 WIDE = ("coupling-sigmoid2-forward", "gaussian-log_prob-softplus", "gaussian-sample-glow", "gaussian-kl-softplus",
         "actnorm-image-forward", "conv1x1-image-bias")  # fmt: skip

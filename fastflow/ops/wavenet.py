@@ -106,6 +106,80 @@ def _backward(kernel, kept, gate, bias, residual, skip, context, dilations, gout
     return [gx, ggate, gbias, gresidual, gskip, gcontext]
 
 
+# --- contract: layer by layer, with the library's products ---------------------------------------------
+# acts [B, T, 2D], z [B, T, D + PAD]: a gated row ends in a one, which meets the bias, and in zeros.
+
+
+def _before_gate(
+    h: Tensor, gate: Tensor, bias: Tensor, context: Tensor | None, d: int, steps: int, width: int
+) -> Tensor:
+    """The sums of one layer from its inputs behind their history, h [B, (w - 1) d + T, R]."""
+    samples, _, channels = h.shape
+    acts = bias[:, None].expand(-1, steps, -1)
+    for i in range(width):
+        tap = gate[i * channels : (i + 1) * channels].expand(samples, -1, -1)
+        acts = torch.baddbmm(acts, h[:, i * d : i * d + steps], tap)
+    return acts if context is None else acts.baddbmm_(context, gate[width * channels :].expand(samples, -1, -1))
+
+
+def _each_layer(kept: Tensor, rows: Sequence[int], steps: int) -> list[Tensor]:
+    """The parts of ``kept`` that are one layer's history and inputs."""
+    return list(kept.split([n + steps for n in rows], 1))
+
+
+@op(f"wavenet_layers_fwd{_FORWARD}", "wavenet_gate_fwd", backends=("cuda", "triton"))
+def _layers_forward(gate_kernel, x, gate, bias, residual, skip, context, past, dilations):
+    kept, out, total = _outputs(x, gate, skip, context, dilations)
+    rows, (samples, steps, _), gated = _rows(x, gate, context, dilations), x.shape, residual.shape[1] - 1
+    inputs, width, start = _each_layer(kept, rows, steps), _width(x, gate, context), 0
+    z = x.new_empty((samples, steps, gated + PAD))
+    inputs[0][:, rows[0] :].copy_(x)
+    for i, (h, d) in enumerate(zip(inputs, dilations, strict=True)):
+        before = h[:, : rows[i]]
+        before.zero_() if past is None else before.copy_(past[:, start : start + rows[i]])
+        start += rows[i]
+        gate_kernel(_before_gate(h, gate[i], bias[i], context, d, steps, width), z)
+        ones = z[..., : gated + 1]
+        after = inputs[i + 1][:, rows[i + 1] :] if i + 1 < len(inputs) else out
+        after.copy_(torch.baddbmm(h[:, rows[i] :], ones, residual[i].expand(samples, -1, -1)))
+        total.baddbmm_(ones, skip[i].expand(samples, -1, -1), beta=1 if i else 0)
+    return out, total, kept
+
+
+@op(f"wavenet_layers_bwd{_BACKWARD}", "wavenet_gate_bwd", backends=("cuda", "triton"))
+def _layers_backward(gate_kernel, kept, gate, bias, residual, skip, context, dilations, gout, gsum, of_context):
+    gbias, ggate, gresidual, gskip = (t.new_empty(t.shape) for t in (bias, gate, residual, skip))
+    gcontext = torch.zeros_like(context) if of_context else kept.new_empty(0)
+    (samples, steps, channels), gated = gout.shape, residual.shape[1] - 1
+    rows, width = _rows(gout, gate, context, dilations), _width(gout, gate, context)
+    z, g = kept.new_empty((samples, steps, gated + PAD)), gout
+    inputs = _each_layer(kept, rows, steps)
+    for i in reversed(range(len(dilations))):
+        h, d = inputs[i], dilations[i]
+        acts = _before_gate(h, gate[i], bias[i], context, d, steps, width)
+        gz = g @ residual[i, :gated].t() + gsum @ skip[i, :gated].t()
+        gate_kernel(acts, gz, z)  # acts becomes its gradient
+        ones = z[..., : gated + 1].flatten(0, 1).t()
+        gresidual[i], gskip[i], gbias[i] = ones @ g.flatten(0, 1), ones @ gsum.flatten(0, 1), acts.sum(1)
+        of_taps, back = ggate[i], gate[i].t()
+        if context is not None:
+            of_taps[width * channels :] = context.flatten(0, 1).t() @ acts.flatten(0, 1)
+            if of_context:
+                gcontext += acts @ back[:, width * channels :]
+        previous = g.clone()
+        for k in range(width):
+            tap, shift = slice(k * channels, (k + 1) * channels), (width - 1 - k) * d
+            of_taps[tap] = (h[:, k * d : k * d + steps].transpose(1, 2) @ acts).sum(0)
+            if shift < steps:
+                previous[:, : steps - shift] += acts[:, shift:] @ back[:, tap]
+        g = previous
+    return [g, ggate, gbias, gresidual, gskip, gcontext]
+
+
+FORWARD = {**_forward, **_layers_forward}
+BACKWARD = {**_backward, **_layers_backward}
+
+
 # --- gradient ---------------------------------------------------------------------------------------
 
 
@@ -322,6 +396,3 @@ def _check_stack(
     if past is not None:
         _check.beside("past", past, x, (samples, (width - 1) * sum(dilations), channels))
 
-
-FORWARD = {**_forward}
-BACKWARD = {**_backward}

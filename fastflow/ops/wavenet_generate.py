@@ -19,7 +19,7 @@ from fastflow.ops.wavenet import PAD, pack, padded
 
 __all__ = ["WaveNetWeights", "embed", "wavenet_feed", "wavenet_generate", "wavenet_weights"]
 
-FAMILY = Family("wavenet")
+FAMILY = Family("wavenet", gpu=("cuda",))
 
 
 class WaveNetWeights(NamedTuple):
@@ -151,7 +151,7 @@ def in_order(past: Tensor, rows: Sequence[int], position: int) -> Tensor:
     "wavenet_generate(Tensor embedding, Tensor gate, Tensor bias, Tensor residual, Tensor skip, Tensor hidden,"
     " Tensor output, Tensor? context, Tensor(a!) past, Tensor(b!) recent, Tensor uniforms, int[] dilations,"
     " int position, float temperature, bool keep) -> (Tensor, Tensor)",
-    backends=("cpu",),
+    backends=("cpu", "cuda"),
 )
 def _generate(
     kernel, embedding, gate, bias, residual, skip, hidden, output, context, past, recent, uniforms, dilations,
@@ -221,7 +221,7 @@ def wavenet_generate(
     tensors = (past, *weights[:7], uniforms, context)
     backend = choose(FAMILY, tensors, backend)
     if backend != "reference" and backend not in _generate:
-        raise BackendError(f"backend {backend!r} has no kernel for wavenet_generate")
+        raise BackendError(f"backend {backend!r} cannot serve this call: it has no kernel that generates")
     embedding, gate, bias, *rest = weights[:7]
     if context is not None:
         context = padded(context.to(past.dtype), 2, PAD).contiguous()
