@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastflow.ops import wavenet_feed, wavenet_generate, wavenet_stack, wavenet_weights
+from fastflow.ops._op import accumulator
 from fastflow.ops.wavenet_generate import embed
 
 __all__ = ["PRESETS", "Stream", "WaveNet", "mu_law_decode", "mu_law_encode"]
@@ -158,7 +159,8 @@ class WaveNet(nn.Module):
     def forward(self, codes: Tensor, context: Context | None = None) -> Tensor:
         """log p(codes) [B] in nats, of integers [B, T]."""
         logits = self.logits(codes, context)
-        loss = F.cross_entropy(logits.flatten(0, 1).float(), codes.long().flatten(), reduction="none")
+        logits = logits.to(accumulator(logits.dtype))
+        loss = F.cross_entropy(logits.flatten(0, 1), codes.long().flatten(), reduction="none")
         return -loss.view(codes.shape).sum(1)
 
     def log_prob(self, codes: Tensor, context: Context | None = None) -> Tensor:
@@ -171,7 +173,8 @@ class WaveNet(nn.Module):
         local, bias = self._conditioning(codes.shape[0], context)
         if local is not None and local.shape[1] != codes.shape[1]:
             raise ValueError(f"context: expected {codes.shape[1]} steps like the codes, got {local.shape[1]}")
-        x = embed(F.pad(codes, (self.config["width"], -1), value=-1), self.embedding)
+        width = self.config["width"]
+        x = embed(F.pad(codes, (width, 0), value=-1)[:, : codes.shape[1] + width - 1], self.embedding)
         _, skip = wavenet_stack(
             x, self.weight, bias, *self._stack()[2:], self.dilations, context=local, context_weight=self.local_weight
         )

@@ -373,7 +373,9 @@ def _check_stack(
         raise ValueError(f"x: expected [B, T, R], got {list(x.shape)}")
     (layers, both, channels, width), samples = weight.shape, x.shape[0]
     if both % 2 or channels != x.shape[2] or width < 1 or layers < 1:
-        raise ValueError(f"weight: expected [L, 2D, {x.shape[2]}, w] for x of {list(x.shape)}, got {list(weight.shape)}")
+        raise ValueError(
+            f"weight: expected [L, 2D, {x.shape[2]}, w] for x of {list(x.shape)}, got {list(weight.shape)}"
+        )
     if len(dilations) != layers or min(dilations) < 1:
         raise ValueError(f"dilations: expected {layers} positive numbers, got {dilations}")
     gated, skipped = both // 2, skip_weight.shape[1] if skip_weight.dim() == 3 else 0
@@ -395,4 +397,3 @@ def _check_stack(
         _check.beside("context_weight", context_weight, x, (layers, both, context.shape[2]))
     if past is not None:
         _check.beside("past", past, x, (samples, (width - 1) * sum(dilations), channels))
-

@@ -289,7 +289,9 @@ def _check_state(
     if not recent.is_contiguous():
         raise ValueError("recent: expected a dense tensor, for it is written to")
     if weights.bias.shape[1] not in (1, samples):
-        raise ValueError(f"weights: expected one bias or one for each of {samples} streams, got {weights.bias.shape[1]}")
+        raise ValueError(
+            f"weights: expected one bias or one for each of {samples} streams, got {weights.bias.shape[1]}"
+        )
     if position < 0:
         raise ValueError(f"position: expected at least 0, got {position}")
     if (0 if context is None else context.shape[-1]) != weights.features:

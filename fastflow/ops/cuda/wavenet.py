@@ -37,7 +37,12 @@ def _generate(
     temperature: float, codes, logits,
 ) -> Plan:  # fmt: skip
     (taps, levels, channels), (layers, depth, both), heads = embedding.shape, gate.shape, hidden.shape[1]
-    features, skipped, gated, padded = 0 if context is None else context.shape[2], skip.shape[2], both // 2, output.shape[1]
+    features, skipped, gated, padded = (
+        0 if context is None else context.shape[2],
+        skip.shape[2],
+        both // 2,
+        output.shape[1],
+    )
     fields = [*map(Address, range(7)), NULL if context is None else Address(7), Address(8)]
     fields += [NULL if logits is None else Address(15), Address(9), Address(14), Address(11), Address(10)]
     fields += [layers, (depth - features) // channels, channels, gated, skipped, heads, levels, padded, features, taps]
