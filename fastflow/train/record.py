@@ -85,7 +85,7 @@ def merge(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[dict[str
 
 def table(results: Sequence[dict[str, Any]]) -> str:
     """Markdown: a line for each result."""
-    head = ["model", "data", "reached", "naive", "published", "parameters", "steps", "time", "command"]
+    head = ["model", "data", "reached: −log p", "naive", "published", "parameters", "steps", "time", "command"]
     lines = [head, ["---", "---", "--:", "--:", "--:", "--:", "--:", "--:", "---"]]
     for r in results:
         published = r["published"]
