@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from fastflow import ops, use_backend
 from fastflow.models import WaveNet
 from fastflow.models.wavenet import mu_law_decode, mu_law_encode
-from fastflow.ops import _backend, wavenet
+from fastflow.ops import wavenet
 from fastflow.ops.wavenet_generate import draw
 
 SMALL = {"levels": 12, "residual": 6, "dilation": 5, "skip": 9, "blocks": 2, "depth": 3}
@@ -192,12 +192,6 @@ def test_the_codes_of_the_reference(options, backend, dtype, request):
         assert torch.equal(codes, expected)
         for a, b in zip(numbers, others, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
-
-
-def test_no_kernel_in_triton():
-    model = made()
-    with use_backend("triton"), pytest.raises(_backend.BackendError, match="triton"):
-        model.sample(1, length=2)
 
 
 @pytest.mark.parametrize("options", [{}, {"width": 3, **BOTH}], ids=str)

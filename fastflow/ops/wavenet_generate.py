@@ -13,13 +13,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastflow.ops import _check, wavenet
-from fastflow.ops._backend import BackendError, Family, choose
+from fastflow.ops._backend import Family, choose
 from fastflow.ops._op import accumulator, op
 from fastflow.ops.wavenet import PAD, pack, padded
 
 __all__ = ["WaveNetWeights", "embed", "wavenet_feed", "wavenet_generate", "wavenet_weights"]
 
-FAMILY = Family("wavenet", gpu=("cuda",))
+FAMILY = Family("wavenet")
 
 
 class WaveNetWeights(NamedTuple):
@@ -150,8 +150,7 @@ def in_order(past: Tensor, rows: Sequence[int], position: int) -> Tensor:
 @op(
     "wavenet_generate(Tensor embedding, Tensor gate, Tensor bias, Tensor residual, Tensor skip, Tensor hidden,"
     " Tensor output, Tensor? context, Tensor(a!) past, Tensor(b!) recent, Tensor uniforms, int[] dilations,"
-    " int position, float temperature, bool keep) -> (Tensor, Tensor)",
-    backends=("cpu", "cuda"),
+    " int position, float temperature, bool keep) -> (Tensor, Tensor)"
 )
 def _generate(
     kernel, embedding, gate, bias, residual, skip, hidden, output, context, past, recent, uniforms, dilations,
@@ -220,8 +219,6 @@ def wavenet_generate(
         raise ValueError(f"temperature: expected a finite number of at least 0, got {temperature}")
     tensors = (past, *weights[:7], uniforms, context)
     backend = choose(FAMILY, tensors, backend)
-    if backend != "reference" and backend not in _generate:
-        raise BackendError(f"backend {backend!r} cannot serve this call: it has no kernel that generates")
     embedding, gate, bias, *rest = weights[:7]
     if context is not None:
         context = padded(context.to(past.dtype), 2, PAD).contiguous()

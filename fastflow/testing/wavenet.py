@@ -1,4 +1,4 @@
-"""The cases of WaveNet's stack."""
+"""The cases of WaveNet's stack, and of generation."""
 
 from __future__ import annotations
 
@@ -87,6 +87,41 @@ def _run(
     return h[b.argsort()][..., c.argsort()], skip[b.argsort()]
 
 
+def _generated(
+    x: Tensor, embedding: Tensor, hidden: Tensor, output: Tensor, backend: str | None = None, **rest: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The stack over x and, what has no gradient, the logits of codes that the network draws."""
+    stack, order = _run(x, backend=backend, **rest), rest.pop("order", None)
+    dilations = rest.pop("dilations").tolist()
+    if order is not None:
+        generator = torch.Generator().manual_seed(int(order))
+        sizes = (x.shape[2], rest["residual_weight"].shape[2], hidden.shape[1])
+        c, d, s = (torch.randperm(n, generator=generator).to(x.device) for n in sizes)
+        both = torch.cat([d, d + len(d)])
+        rest |= {"weight": rest["weight"][:, both][:, :, c], "bias": rest["bias"][:, both]}
+        rest |= {"residual_weight": rest["residual_weight"][:, c][..., d], "residual_bias": rest["residual_bias"][:, c]}
+        rest |= {"skip_weight": rest["skip_weight"][:, s][..., d], "skip_bias": rest["skip_bias"][:, s]}
+        embedding, hidden = embedding[..., c], hidden[:, s]
+    head = (hidden, hidden.sum(1), output, output.sum(1))
+    weights = ops.wavenet_weights(embedding, tuple(rest.values()), head, dilations)
+    past = weights.embedding.new_zeros(len(x), weights.rows, weights.embedding.shape[2])
+    recent = torch.full((len(x), len(embedding)), -1, device=x.device)
+    uniforms = torch.rand(2, len(x), generator=torch.Generator().manual_seed(0), dtype=torch.float64).t().to(x.device)
+    _, logits = ops.wavenet_generate(weights, past, recent, uniforms, return_logits=True, backend=backend)
+    return *stack, logits
+
+
+def _generation_inputs(size: str) -> Inputs:
+    _, _, residual, _, skip, _ = SIZES[size]
+    heads, levels = (3, 5) if size == "tiny" else (20, 33)
+    return {
+        **_inputs(size, 2, 0, False),
+        "embedding": randn(2, levels, residual),
+        "hidden": randn(heads, skip, seed=10) / skip**0.5,
+        "output": randn(levels, heads, seed=11) / heads**0.5,
+    }
+
+
 def _orders(inputs: Inputs) -> Iterator[Inputs]:
     return ({**inputs, "order": torch.tensor(seed)} for seed in range(6))
 
@@ -96,3 +131,5 @@ def cases() -> Iterator[Case]:
         make = partial(_inputs, width=width, features=features, each=each)
         keep = tuple(k for k in make("tiny") if k not in ("x", "context"))
         yield Case("wavenet", name, _run, make, keep=keep, orders=_orders, selftest=True)
+    keep = tuple(k for k in _generation_inputs("tiny") if k != "x")
+    yield Case("wavenet", "generation", _generated, _generation_inputs, keep=keep, orders=_orders, selftest=True)
