@@ -19,8 +19,8 @@ SIZES = {
 }
 
 
-def _inputs(size: str, width: int, features: int, each: bool) -> Inputs:
-    samples, steps, residual, gated, skip, dilations = SIZES[size]
+def _inputs(sizes: tuple, width: int, features: int, each: bool) -> Inputs:
+    samples, steps, residual, gated, skip, dilations = sizes
     layers = len(dilations)
     made = {
         "x": randn(samples, steps, residual),
@@ -36,6 +36,10 @@ def _inputs(size: str, width: int, features: int, each: bool) -> Inputs:
         made["context_weight"] = 0.5 * randn(layers, 2 * gated, features, seed=8)
     made["dilations"] = torch.tensor(dilations)
     return made
+
+
+def _stack_inputs(size: str, **options) -> Inputs:
+    return _inputs(SIZES[size], **options)
 
 
 def _run(
@@ -111,11 +115,19 @@ def _generated(
     return *stack, logits
 
 
+# of the network that generates: the stack's, hidden units of the head, levels
+NETWORKS = {
+    "tiny": (SIZES["tiny"], 3, 5),
+    "odd": ((2, 4, 17, 18, 33, (1, 3)), 20, 33),
+    "bench": (SIZES["bench"], 48, 64),
+}
+
+
 def _generation_inputs(size: str) -> Inputs:
-    _, _, residual, _, skip, _ = SIZES[size]
-    heads, levels = (3, 5) if size == "tiny" else (20, 33)
+    sizes, heads, levels = NETWORKS[size]
+    _, _, residual, _, skip, _ = sizes
     return {
-        **_inputs(size, 2, 0, False),
+        **_inputs(sizes, 2, 0, False),
         "embedding": randn(2, levels, residual),
         "hidden": randn(heads, skip, seed=10) / skip**0.5,
         "output": randn(levels, heads, seed=11) / heads**0.5,
@@ -128,7 +140,7 @@ def _orders(inputs: Inputs) -> Iterator[Inputs]:
 
 def cases() -> Iterator[Case]:
     for name, width, features, each in (("plain", 2, 0, False), ("conditioned", 3, 5, True)):
-        make = partial(_inputs, width=width, features=features, each=each)
+        make = partial(_stack_inputs, width=width, features=features, each=each)
         keep = tuple(k for k in make("tiny") if k not in ("x", "context"))
         yield Case("wavenet", name, _run, make, keep=keep, orders=_orders, selftest=True)
     keep = tuple(k for k in _generation_inputs("tiny") if k != "x")
