@@ -327,7 +327,7 @@ def test_autocast():
 def test_compiles():
     model = made()
     codes = codes_of(model, 2, 40)
-    compiled = torch.compile(lambda x: model(x), backend="aot_eager")
+    compiled = torch.compile(lambda x: model(x), fullgraph=True, backend="aot_eager")
     for a, b in zip(
         *(torch.autograd.grad(f(codes).sum(), list(model.parameters())) for f in (compiled, model)), strict=True
     ):
