@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import torch
 
-from fastflow.bench import conv1x1, coupling, device, gaussian, gpu, table, trace
+from fastflow.bench import conv1x1, coupling, device, gaussian, gpu, table, trace, wavenet
 from fastflow.bench.contest import Contest
 from fastflow.bench.plain_glow import PlainGlow
 from fastflow.bench.row import Row, contenders
@@ -86,7 +86,12 @@ SIZE = 1 << 18
 
 @pytest.mark.parametrize(
     "row",
-    [row for family in (coupling, gaussian, conv1x1, trace) for row in family.gpu_rows(SIZE) if "LU" not in row.name],
+    [
+        row
+        for family in (coupling, gaussian, conv1x1, trace, wavenet)
+        for row in family.gpu_rows(SIZE)
+        if "LU" not in row.name
+    ],
     ids=lambda row: row.id,
 )
 def test_contenders_agree(row, uncompiled):

@@ -1,5 +1,6 @@
 """Published models, one file per paper."""
 
 from fastflow.models.glow import Glow
+from fastflow.models.wavenet import WaveNet
 
-__all__ = ["Glow"]
+__all__ = ["Glow", "WaveNet"]

@@ -10,12 +10,15 @@ from fastflow.ops.gaussian_kl import gaussian_kl
 from fastflow.ops.scale_map import ScaleMap, scale_map
 from fastflow.ops.trace import Rademacher, TraceEstimate, bottleneck_trace, exact_trace, hutchinson, probes
 from fastflow.ops.trace_mlp import mlp_trace
+from fastflow.ops.wavenet import wavenet_stack
+from fastflow.ops.wavenet_generate import WaveNetWeights, wavenet_feed, wavenet_generate, wavenet_weights
 
 __all__ = [
     "BackendError",
     "Rademacher",
     "ScaleMap",
     "TraceEstimate",
+    "WaveNetWeights",
     "actnorm",
     "additive_coupling",
     "affine_coupling",
@@ -32,4 +35,8 @@ __all__ = [
     "probes",
     "scale_map",
     "use_backend",
+    "wavenet_feed",
+    "wavenet_generate",
+    "wavenet_stack",
+    "wavenet_weights",
 ]

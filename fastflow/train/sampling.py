@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .data.audio import mu_law_decode, write_wav
+from fastflow.models.wavenet import mu_law_decode
+
+from .data.audio import write_wav
 from .errors import UserError, need
 from .figures import draw_points, draw_samples
 from .pixels import quantize

@@ -89,5 +89,7 @@ USUAL = [
     *_steps("gaussian", {"gaussian_kl_fwd": "KlForward", "gaussian_kl_bwd": "KlBackward"}, _TWO),
     *_each("trace", {"trace_rows": "Rows", "trace_contract": "Contract"}, _ACCUMULATORS),
     *_steps("trace", {"trace_activation_fwd": "Dual", "trace_activation_bwd": "DualBackward"}, _ACCUMULATORS),
+    *_each("wavenet", {"wavenet_gate_fwd": "GateRows", "wavenet_gate_bwd": "GateRows"}, _ACCUMULATORS),
+    *_each("wavenet", {"wavenet_generate": "Generate"}, _ACCUMULATORS),
     *_each("sums", {"finish_sums": "Finish"}, _ACCUMULATORS),
 ]

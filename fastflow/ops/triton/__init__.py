@@ -32,6 +32,7 @@ _FAMILIES = {
         *("gaussian_sample_fwd", "gaussian_sample_bwd", "gaussian_kl_fwd", "gaussian_kl_bwd"),
     ),
     "trace": ("trace_rows", "trace_rows_bwd", "trace_contract", "trace_layer_fwd", "trace_layer_bwd"),
+    "wavenet": ("wavenet_gate_fwd", "wavenet_gate_bwd", "wavenet_generate"),
 }
 _HOME = {kernel: family for family, kernels in _FAMILIES.items() for kernel in kernels}
 _kernels: dict[str, Callable[..., Any]] = {}

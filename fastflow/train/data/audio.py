@@ -1,5 +1,6 @@
 """Audio as mu-law codes."""
 
+import io
 import math
 import wave
 from dataclasses import dataclass
@@ -10,7 +11,9 @@ import torch
 from torch import Tensor
 
 from fastflow.errors import UserError, need
+from fastflow.models.wavenet import mu_law_encode
 
+from ..checkpoint import write_file
 from .dataset import Dataset
 from .npz import read_npz
 
@@ -43,25 +46,6 @@ class Audio(Dataset):
         return bigram_bits(self.train, self.final), "order-1 bigram of codes"
 
 
-def mu_law_encode(x: Tensor) -> Tensor:
-    """Codes 0..255 (uint8) of a waveform in [-1, 1]: `floor((f + 1) / 2 * 255 + 1/2)` with
-    `f = sign(x) log(1 + 255 |x|) / log 256`.
-
-    >>> mu_law_encode(torch.tensor([-1.0, 0.0, 1.0])).tolist()
-    [0, 128, 255]
-    """
-    mu = LEVELS - 1
-    f = x.sign() * torch.log1p(mu * x.abs()) / math.log1p(mu)
-    return ((f + 1) / 2 * mu + 0.5).floor().to(torch.uint8)
-
-
-def mu_law_decode(codes: Tensor) -> Tensor:
-    """The waveform in [-1, 1], float32, of codes 0..255."""
-    mu = LEVELS - 1
-    y = 2 * codes.float() / mu - 1
-    return y.sign() * torch.expm1(y.abs() * math.log1p(mu)) / mu
-
-
 def bigram_bits(train: Tensor, held_out: Tensor) -> float:
     """Bits a sample of a table p(code | code before it), fitted on `train` [N, T] with one count added everywhere."""
     counts = torch.ones(LEVELS, LEVELS, dtype=torch.float64)
@@ -92,9 +76,8 @@ def load_audio(name: str, root: Path, *, length: int = 4000, rate: int | None = 
         found = rate or 8000
     pieces = {}
     for part, wanted in (("train", False), ("held_out", True)):
-        stream = torch.cat(
-            [mu_law_encode(c) for c, h in zip(clips, held, strict=True) if h == wanted] or [torch.empty(0)]
-        )
+        codes = [mu_law_encode(c).to(torch.uint8) for c, h in zip(clips, held, strict=True) if h == wanted]
+        stream = torch.cat(codes or [torch.empty(0)])
         if len(stream) < length:
             raise UserError(f"{root}: expected at least length={length} samples in {part}, got {len(stream)}")
         pieces[part] = stream[: len(stream) // length * length].view(-1, length)
@@ -176,9 +159,11 @@ def read_wav(path: Path) -> tuple[Tensor, int]:
 
 
 def write_wav(path: str | Path, x: Tensor, rate: int) -> None:
-    """Writes a waveform [samples] in [-1, 1] as mono PCM of 16 bits."""
-    with wave.open(str(path), "wb") as file:
+    """Writes a waveform [samples] in [-1, 1] as mono PCM of 16 bits, whole or not at all."""
+    made = io.BytesIO()
+    with wave.open(made, "wb") as file:
         file.setnchannels(1)
         file.setsampwidth(2)
         file.setframerate(rate)
         file.writeframes((x.clamp(-1, 1) * 32767).round().to(torch.int16).numpy().astype("<i2").tobytes())
+    write_file(Path(path), made.getvalue())
