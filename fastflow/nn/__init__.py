@@ -3,6 +3,7 @@
 from fastflow.nn.actnorm import ActNorm
 from fastflow.nn.base import Bijection, Inverse, Sequential
 from fastflow.nn.base_distribution import Base, DiagonalGaussian, StandardNormal
+from fastflow.nn.batch_norm import BatchNorm
 from fastflow.nn.conv1x1 import InvertibleConv1x1, Weights, weights
 from fastflow.nn.coupling import AdditiveCoupling, AffineCoupling
 from fastflow.nn.debugging import NonFiniteError, debug
@@ -17,6 +18,7 @@ __all__ = [
     "AdditiveCoupling",
     "AffineCoupling",
     "Base",
+    "BatchNorm",
     "Bijection",
     "DiagonalGaussian",
     "Flow",
