@@ -1,5 +1,7 @@
 """Published models, one file per paper."""
 
 from fastflow.models.glow import Glow
+from fastflow.models.nice import NICE
+from fastflow.models.realnvp import RealNVP
 
-__all__ = ["Glow"]
+__all__ = ["Glow", "NICE", "RealNVP"]
