@@ -30,12 +30,12 @@ PRESETS: dict[str, dict[str, Any]] = {
     # chrischute/real-nvp: batch norm inside the networks, none between the couplings
     "chrischute-cifar10": {"image_shape": (3, 32, 32), "scales": 2, "hidden": 64, "blocks": 8, "norm": "none",
                            "net_norm": True},
-    # the paper's: batch norm between the couplings, too
+    # the paper's: batch norm between the couplings, too; scales down to 4 x 4, CIFAR-10's only once
     "paper-cifar10": {"image_shape": (3, 32, 32), "scales": 2, "hidden": 64, "blocks": 8, "norm": "batch",
                       "net_norm": True},
-    "paper-imagenet32": {"image_shape": (3, 32, 32), "scales": 3, "hidden": 32, "blocks": 4, "norm": "batch",
+    "paper-imagenet32": {"image_shape": (3, 32, 32), "scales": 4, "hidden": 32, "blocks": 4, "norm": "batch",
                          "net_norm": True},
-    "paper-imagenet64": {"image_shape": (3, 64, 64), "scales": 4, "hidden": 32, "blocks": 2, "norm": "batch",
+    "paper-imagenet64": {"image_shape": (3, 64, 64), "scales": 5, "hidden": 32, "blocks": 2, "norm": "batch",
                          "net_norm": True},
 }  # fmt: skip
 
