@@ -132,6 +132,7 @@ layer = nn.BatchNorm(5)
 z, logdet = layer(x)
 (z.pow(3).sum() + logdet.sum()).backward()
 torch.save((z, x.grad, layer.running_var), out + str(rank))
+dist.barrier()
 dist.destroy_process_group()
 """
 

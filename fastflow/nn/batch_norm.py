@@ -107,14 +107,26 @@ def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
     variance, mean = torch.var_mean(x.to(accumulator(x.dtype)), [d for d in range(x.dim()) if d != 1], correction=0)
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
         return mean, variance
-    from torch.distributed.nn.functional import all_reduce  # not in every build of PyTorch
-
     # every rank counts by its samples
     count = mean.new_full((1,), x.numel() // x.shape[1])
-    total = all_reduce(torch.cat([count * mean, count]))
+    total = _SumOverRanks.apply(torch.cat([count * mean, count]))
     overall = total[:-1] / total[-1]
-    spread = all_reduce(count * (variance + (mean - overall).square()))
+    spread = _SumOverRanks.apply(count * (variance + (mean - overall).square()))
     return overall, spread / total[-1]
+
+
+class _SumOverRanks(torch.autograd.Function):
+    """The sum over all ranks, in whose gradient every rank's share counts."""
+
+    @staticmethod
+    def forward(ctx, x):
+        x = x.clone()
+        dist.all_reduce(x)
+        return x
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _SumOverRanks.apply(grad)
 
 
 def _per_channel(values: Tensor, like: Tensor) -> Tensor:
