@@ -2,6 +2,6 @@
 
 from fastflow.models.glow import Glow
 from fastflow.models.nice import NICE
-from fastflow.models.realnvp import RealNVP
+from fastflow.models.realnvp import RealNVP, VectorRealNVP
 
-__all__ = ["Glow", "NICE", "RealNVP"]
+__all__ = ["Glow", "NICE", "RealNVP", "VectorRealNVP"]

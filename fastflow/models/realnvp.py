@@ -1,4 +1,4 @@
-"""RealNVP on images: affine couplings under checkerboard and channel masks, half of the channels leaving at each scale.
+"""RealNVP: affine couplings; on images under checkerboard and channel masks, half of the channels leaving at a scale.
 
 Dinh, Sohl-Dickstein & Bengio, 2016, https://arxiv.org/abs/1605.08803.
 """
@@ -14,29 +14,31 @@ from torch.nn import functional as F
 
 from fastflow.nn.actnorm import ActNorm
 from fastflow.nn.base import Bijection, Inverse, Sequential
+from fastflow.nn.base_distribution import StandardNormal
 from fastflow.nn.batch_norm import BatchNorm
 from fastflow.nn.coupling import AffineCoupling
+from fastflow.nn.flow import Flow
 from fastflow.nn.logit import Logit
 from fastflow.nn.permutation import Permutation
 from fastflow.nn.reshape import Squeeze
 from fastflow.nn.split_prior import SplitPrior
 from fastflow.ops import gaussian_log_prob, gaussian_sample
 
-__all__ = ["RealNVP", "ResNet", "WeightNormConv2d", "PRESETS"]
+__all__ = ["RealNVP", "VectorRealNVP", "ResNet", "WeightNormConv2d", "PRESETS"]
 
 Norm = Literal["actnorm", "batch", "none"]
 
 PRESETS: dict[str, dict[str, Any]] = {
     # chrischute/real-nvp: batch norm inside the networks, none between the couplings
     "chrischute-cifar10": {"image_shape": (3, 32, 32), "scales": 2, "hidden": 64, "blocks": 8, "norm": "none",
-                           "net_norm": True},
+                           "net_norm": True, "gain_decay": 5e-5},
     # the paper's: batch norm between the couplings, too; scales down to 4 x 4, CIFAR-10's only once
     "paper-cifar10": {"image_shape": (3, 32, 32), "scales": 2, "hidden": 64, "blocks": 8, "norm": "batch",
-                      "net_norm": True},
+                      "net_norm": True, "gain_decay": 5e-5},
     "paper-imagenet32": {"image_shape": (3, 32, 32), "scales": 4, "hidden": 32, "blocks": 4, "norm": "batch",
-                         "net_norm": True},
+                         "net_norm": True, "gain_decay": 5e-5},
     "paper-imagenet64": {"image_shape": (3, 64, 64), "scales": 5, "hidden": 32, "blocks": 2, "norm": "batch",
-                         "net_norm": True},
+                         "net_norm": True, "gain_decay": 5e-5},
 }  # fmt: skip
 
 
@@ -131,6 +133,7 @@ class RealNVP(nn.Module):
         compact: a checkerboard coupling's network sees the half that stays as an image [2C, H/2, W/2], instead of all
             of [C, H, W] with zeros; a fourth of the positions, another architecture with weights of its own.
         alpha: α of the :class:`fastflow.nn.Logit` that images in [-1/2, 1/2) first go through; None for none.
+        gain_decay: weight of the penalty Σ g² / 2 on the gains of the networks' convolutions, in :meth:`loss` alone.
 
     With batch normalisation, of either kind, a model in training mode cannot be sampled from or inverted: its
     statistics are those of the batch. Call ``eval()`` first.
@@ -157,16 +160,13 @@ class RealNVP(nn.Module):
         net_norm: bool = False,
         compact: bool = False,
         alpha: float | None = 0.05,
+        gain_decay: float = 0.0,
     ) -> None:
         super().__init__()
         self.config = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         self.config["image_shape"] = self.image_shape = tuple(image_shape)
-        for name, value, allowed in (
-            ("prior", prior, ("standard", "conditional")),
-            ("norm", norm, ("actnorm", "batch", "none")),
-        ):
-            if value not in allowed:
-                raise ValueError(f"{name}: expected one of {', '.join(allowed)}, got {value!r}")
+        _one_of("prior", prior, ("standard", "conditional"))
+        _one_of("norm", norm, ("actnorm", "batch", "none"))
         channels, height, width = self.image_shape
         divisor = 2 ** (scales if compact else scales - 1)
         if scales < 1 or height % divisor or width % divisor:
@@ -192,8 +192,7 @@ class RealNVP(nn.Module):
     @classmethod
     def preset(cls, name: str, **changes: Any) -> RealNVP:
         """A published configuration by name (``PRESETS``), with changes."""
-        if name not in PRESETS:
-            raise ValueError(f"preset: expected one of {', '.join(PRESETS)}, got {name!r}")
+        _one_of("preset", name, tuple(PRESETS))
         return cls(**{**PRESETS[name], **changes})
 
     def _checkerboards(self, channels: int, count: int, hidden: int) -> Bijection:
@@ -288,6 +287,14 @@ class RealNVP(nn.Module):
         """log p(x) [B] in nats."""
         return self.encode(x, context)[1]
 
+    def loss(self, x: Tensor, progress: float = 0.0) -> Tensor:
+        """What training minimises: -log p(x) [B] in nats, and the penalty on the gains."""
+        loss = -self.log_prob(x)
+        if not self.config["gain_decay"]:
+            return loss
+        gains = [m.weight_g for m in self.modules() if isinstance(m, WeightNormConv2d)]
+        return loss + 0.5 * self.config["gain_decay"] * sum(g.square().sum() for g in gains)
+
     forward = log_prob  # so that DistributedDataParallel can wrap the model
 
     def sample_and_log_prob(
@@ -329,6 +336,73 @@ class RealNVP(nn.Module):
             self.encode(batch, context)
 
 
+class Network(nn.Module):
+    """Shift and raw scale of the part that changes, an MLP of ReLUs of the rest and the context; it starts at 0."""
+
+    def __init__(self, in_features: int, out_features: int, hidden: Sequence[int]) -> None:
+        super().__init__()
+        sizes = [in_features, *hidden]
+        layers = [layer for a, b in zip(sizes, hidden, strict=False) for layer in (nn.Linear(a, b), nn.ReLU())]
+        last = nn.Linear(sizes[-1], out_features)
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
+        self.mlp = nn.Sequential(*layers, last)
+
+    def forward(self, kept: Tensor, context: Tensor | None = None) -> Tensor:
+        return self.mlp(kept if context is None else torch.cat([kept, context], 1))
+
+
+class VectorRealNVP(Flow):
+    r"""RealNVP on rows [B, D]: couplings :math:`x_2 \odot e^s + t`, :math:`s = r \tanh(\hat s)`, with MLPs; the halves
+    of the features take turns.
+
+    Args:
+        features: D, at least 2.
+        layers: couplings.
+        hidden: widths of the hidden layers of each network.
+        norm: in front of every coupling ``actnorm``, ``batch`` or ``none``.
+        context_features: P; the networks then get a context [B, P], too.
+
+    Densities are in nats.
+
+    >>> model = VectorRealNVP(2, layers=4, hidden=(16,))
+    >>> x = 3 + torch.randn(64, 2)
+    >>> model.initialize(x)
+    >>> model.log_prob(x).shape, model.sample(5, temperature=0.7).shape
+    (torch.Size([64]), torch.Size([5, 2]))
+    """
+
+    def __init__(
+        self,
+        features: int,
+        layers: int = 8,
+        hidden: Sequence[int] = (64, 64),
+        *,
+        norm: Norm = "actnorm",
+        context_features: int = 0,
+    ) -> None:
+        config = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
+        if features < 2:
+            raise ValueError(f"features: expected at least 2, of which a coupling changes a part, got {features}")
+        _one_of("norm", norm, ("actnorm", "batch", "none"))
+        steps: list[Bijection] = []
+        for k in range(layers):
+            # the first half keeps the odd feature
+            changed = (features + 1) // 2 if k % 2 else features // 2
+            network = Network(features - changed + context_features, 2 * changed, hidden)
+            mask = "first_half" if k % 2 else "second_half"
+            coupling = AffineCoupling(network, mask, scale="tanh_rescale", rescale=changed)
+            steps += [*normalisation(norm, features), coupling]
+        super().__init__(StandardNormal(features), Sequential(*steps))
+        self.config, self.context_features = config | {"hidden": tuple(hidden)}, context_features
+
+    def log_prob(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """log p(x) [B] in nats."""
+        if x.dim() != 2 or x.shape[1] != self.config["features"]:
+            raise ValueError(f"x: expected [B, {self.config['features']}], got {list(x.shape)}")
+        return super().log_prob(x, context)
+
+
 def diagonal(channels: int) -> list[int]:
     """Where each of the 4C channels of the diagonal order was in the channel-major order of a squeeze."""
     return [4 * c + 2 * row + column for row, column in ((0, 0), (1, 1), (0, 1), (1, 0)) for c in range(channels)]
@@ -337,3 +411,8 @@ def diagonal(channels: int) -> list[int]:
 def _no_context(context: Tensor | None) -> None:
     if context is not None:
         raise ValueError(f"context: this model takes none, got {list(context.shape)}")
+
+
+def _one_of(name: str, value: str, allowed: Sequence[str]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name}: expected one of {', '.join(allowed)}, got {value!r}")
