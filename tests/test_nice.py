@@ -194,6 +194,21 @@ def test_spectrum_is_the_spread_found():
     torch.testing.assert_close(model.spectrum(), deviations.sort(descending=True).values, rtol=0.05, atol=0)
 
 
+@pytest.mark.parametrize("options", [{}, {"prior": "normal", "partition": "halves", "couplings": 3}], ids=str)
+def test_initialisation_from_data(options):
+    model, x = NICE((1, 4, 4), hidden=8, layers=1, data_init=True, **options), 3 + 2 * torch.randn(500, 1, 4, 4)
+    model.initialize(x)
+    z = model.bijection(x)[0]
+    wanted = 1.0 if "prior" in options else math.pi / math.sqrt(3)
+    torch.testing.assert_close(z.mean(0), torch.zeros(1, 4, 4), rtol=0, atol=1e-4)
+    torch.testing.assert_close(z.std(0, correction=0), torch.full((1, 4, 4), wanted), rtol=1e-4, atol=0)
+    with pytest.raises(RuntimeError, match="initialised or trained already"):
+        model.initialize(x)
+    plain = NICE((1, 4, 4), hidden=8)
+    plain.initialize(x)
+    assert not plain.scaling.log_scale.any()
+
+
 def test_two_runs_are_bit_identical():
     def train():
         torch.manual_seed(0)

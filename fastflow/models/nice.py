@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from fastflow.nn.actnorm import statistics
 from fastflow.nn.base import Bijection, Inverse, Sequential, no_logdet
 from fastflow.nn.base_distribution import Logistic, StandardNormal
 from fastflow.nn.coupling import AdditiveCoupling
@@ -92,6 +93,8 @@ class NICE(Flow):
         interval: where samples in [-1/2, 1/2) are stretched to at first; None leaves them as they come.
         init: weights start uniform in [-init, init], biases at 0: the flow is nearly the identity.
         context_features: P; the networks then get a context [B, P], too.
+        data_init: :meth:`initialize` centres the latent and gives it the base's standard deviation, by the last biases
+            of two couplings and by D. The paper leaves that to training, which takes D some thousand steps.
 
     The code of the paper reverses all features behind every coupling. Here nothing is moved: the halves are strided
     views that take turns, and a reversal is an order of rows and columns of the networks' weights.
@@ -116,6 +119,7 @@ class NICE(Flow):
         interval: tuple[float, float] | None = None,
         init: float = 0.01,
         context_features: int = 0,
+        data_init: bool = False,
     ) -> None:
         config = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         shape = tuple(image_shape)
@@ -189,6 +193,28 @@ class NICE(Flow):
         """(x [n, *image_shape], log p(x) [n]); the temperature multiplies the scale of the base."""
         self._check_context(context, n)
         return super().sample_and_log_prob(n, context, temperature, generator)
+
+    @torch.no_grad()
+    def initialize(self, batch: Tensor, context: Tensor | None = None) -> None:
+        """With ``data_init`` sets biases and D from a batch, over all ranks; refuses where D has values already."""
+        if not self.config["data_init"]:
+            return
+        if self.scaling.log_scale.any():
+            raise RuntimeError("initialize: this model has been initialised or trained already")
+        deviation = math.pi / math.sqrt(3) if isinstance(self.base, Logistic) else 1.0
+        h, seen = batch, 0
+        for layer in self.bijection:
+            if layer is self.scaling:
+                layer.log_scale.copy_(torch.log(deviation / (statistics(h.flatten(1))[1] + 1e-6)))
+                return
+            h, _ = layer(h, context)
+            if isinstance(layer, AdditiveCoupling):
+                seen += 1
+                if seen > len(self.couplings) - 2:  # the last to change the half seen % 2
+                    half = h[:, seen % 2]
+                    mean = statistics(half)[0].to(half.dtype)
+                    layer.network.mlp[-1].bias.sub_(mean)
+                    half.sub_(mean)
 
     def _check_context(self, context: Tensor | None, n: int) -> None:
         wanted = None if not self.context_features else (n, self.context_features)
