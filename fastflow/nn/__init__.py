@@ -8,6 +8,7 @@ from fastflow.nn.coupling import AdditiveCoupling, AffineCoupling
 from fastflow.nn.debugging import NonFiniteError, debug
 from fastflow.nn.diagnostics import InverseError, inverse_error
 from fastflow.nn.flow import Flow
+from fastflow.nn.mlp_coupling import CouplingStack, MLPCoupling
 from fastflow.nn.permutation import Permutation
 from fastflow.nn.reshape import Squeeze
 from fastflow.nn.split_prior import SplitPrior
@@ -18,11 +19,13 @@ __all__ = [
     "AffineCoupling",
     "Base",
     "Bijection",
+    "CouplingStack",
     "DiagonalGaussian",
     "Flow",
     "Inverse",
     "InverseError",
     "InvertibleConv1x1",
+    "MLPCoupling",
     "NonFiniteError",
     "Permutation",
     "Sequential",
