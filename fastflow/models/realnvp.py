@@ -19,6 +19,7 @@ from fastflow.nn.batch_norm import BatchNorm
 from fastflow.nn.coupling import AffineCoupling
 from fastflow.nn.flow import Flow
 from fastflow.nn.logit import Logit
+from fastflow.nn.mlp_coupling import CouplingStack, MLPCoupling
 from fastflow.nn.permutation import Permutation
 from fastflow.nn.reshape import Squeeze
 from fastflow.nn.split_prior import SplitPrior
@@ -336,25 +337,9 @@ class RealNVP(nn.Module):
             self.encode(batch, context)
 
 
-class Network(nn.Module):
-    """Shift and raw scale of the part that changes, an MLP of ReLUs of the rest and the context; it starts at 0."""
-
-    def __init__(self, in_features: int, out_features: int, hidden: Sequence[int]) -> None:
-        super().__init__()
-        sizes = [in_features, *hidden]
-        layers = [layer for a, b in zip(sizes, hidden, strict=False) for layer in (nn.Linear(a, b), nn.ReLU())]
-        last = nn.Linear(sizes[-1], out_features)
-        nn.init.zeros_(last.weight)
-        nn.init.zeros_(last.bias)
-        self.mlp = nn.Sequential(*layers, last)
-
-    def forward(self, kept: Tensor, context: Tensor | None = None) -> Tensor:
-        return self.mlp(kept if context is None else torch.cat([kept, context], 1))
-
-
 class VectorRealNVP(Flow):
-    r"""RealNVP on rows [B, D]: couplings :math:`x_2 \odot e^s + t`, :math:`s = r \tanh(\hat s)`, with MLPs; the halves
-    of the features take turns.
+    r"""RealNVP on rows [B, D]: couplings :math:`x_2 \odot e^s + t`, :math:`s = r \tanh(\hat s)`, with MLPs; odd
+    and even features take turns. With ActNorms or none all couplings are one call, :class:`fastflow.nn.CouplingStack`.
 
     Args:
         features: D, at least 2.
@@ -363,7 +348,7 @@ class VectorRealNVP(Flow):
         norm: in front of every coupling ``actnorm``, ``batch`` or ``none``.
         context_features: P; the networks then get a context [B, P], too.
 
-    Densities are in nats.
+    Batch normalisation has no inverse in training mode, :class:`fastflow.nn.BatchNorm`. Densities are in nats.
 
     >>> model = VectorRealNVP(2, layers=4, hidden=(16,))
     >>> x = 3 + torch.randn(64, 2)
@@ -387,13 +372,14 @@ class VectorRealNVP(Flow):
         _one_of("norm", norm, ("actnorm", "batch", "none"))
         steps: list[Bijection] = []
         for k in range(layers):
-            # the first half keeps the odd feature
-            changed = (features + 1) // 2 if k % 2 else features // 2
-            network = Network(features - changed + context_features, 2 * changed, hidden)
-            mask = "first_half" if k % 2 else "second_half"
-            coupling = AffineCoupling(network, mask, scale="tanh_rescale", rescale=changed)
+            mask = ("odd", "even")[k % 2]
+            shape = {"hidden": tuple(hidden), "mask": mask, "context_features": context_features}
+            changed = features // 2 if mask == "odd" else (features + 1) // 2
+            coupling = MLPCoupling(features, **shape, scale="tanh_rescale", rescale=changed)
             steps += [*normalisation(norm, features), coupling]
-        super().__init__(StandardNormal(features), Sequential(*steps))
+        # batch normalisation stands between the couplings as a layer; all else is one stack
+        chain = Sequential if norm == "batch" else CouplingStack
+        super().__init__(StandardNormal(features), chain(*steps))
         self.config, self.context_features = config | {"hidden": tuple(hidden)}, context_features
 
     def log_prob(self, x: Tensor, context: Tensor | None = None) -> Tensor:

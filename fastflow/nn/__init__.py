@@ -10,6 +10,7 @@ from fastflow.nn.debugging import NonFiniteError, debug
 from fastflow.nn.diagnostics import InverseError, inverse_error
 from fastflow.nn.flow import Flow
 from fastflow.nn.logit import Logit
+from fastflow.nn.mlp_coupling import CouplingStack, MLPCoupling
 from fastflow.nn.permutation import Permutation
 from fastflow.nn.reshape import Squeeze
 from fastflow.nn.scaling import Scaling
@@ -22,6 +23,7 @@ __all__ = [
     "Base",
     "BatchNorm",
     "Bijection",
+    "CouplingStack",
     "DiagonalGaussian",
     "Flow",
     "Inverse",
@@ -29,6 +31,7 @@ __all__ = [
     "InvertibleConv1x1",
     "Logistic",
     "Logit",
+    "MLPCoupling",
     "NonFiniteError",
     "Permutation",
     "Scaling",
