@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import fastflow
-from fastflow.models import RealNVP
+from fastflow.models import RealNVP, VectorRealNVP
 from fastflow.models.realnvp import PRESETS, ResNet, WeightNormConv2d
 from fastflow.nn import ActNorm, AffineCoupling, Flow, Logistic, Logit, SplitPrior, Squeeze, StandardNormal
 from fastflow.testing.case import randn
@@ -348,6 +348,85 @@ def test_two_runs_are_bit_identical():
 
     (first, x), (second, y) = train(), train()
     assert first == second and first[-1] < first[0] and torch.equal(x, y)
+
+
+# --- rows ---------------------------------------------------------------------------------------------
+
+
+def random_vectors(features=3, dtype=torch.float64, scale=0.3, **options):
+    torch.manual_seed(0)
+    model = VectorRealNVP(features, **{"layers": 4, "hidden": (8,), **options}).to(dtype)
+    x, context = randn(64, features).to(dtype), None
+    if options.get("context_features"):
+        context = randn(64, options["context_features"]).to(dtype)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(scale * torch.randn(p.shape, generator=generator, dtype=torch.float64))
+    model.initialize(x, context)
+    return model.eval()
+
+
+@pytest.mark.parametrize("options", [{}, {"norm": "none", "context_features": 2}, {"norm": "batch"}], ids=str)
+@pytest.mark.parametrize("features", [2, 5])
+def test_rows(features, options):
+    model, x = random_vectors(features, **options), randn(6, features)
+    context = randn(6, 2) if "context_features" in options else None
+    z, logdet = model.bijection(x, context)
+    torch.testing.assert_close(model.bijection.inverse(z, context)[0], x)
+    given = None if context is None else context[:1]
+    jacobian = torch.autograd.functional.jacobian(lambda v: model.bijection(v[None], given)[0][0], x[0])
+    torch.testing.assert_close(torch.linalg.slogdet(jacobian).logabsdet, logdet[0], rtol=1e-9, atol=1e-9)
+    sample, density = model.sample_and_log_prob(6, context, 0.8, torch.Generator().manual_seed(0))
+    torch.testing.assert_close(model.log_prob(sample, context), density)
+    again = VectorRealNVP(**json.loads(json.dumps(model.config))).double().eval()
+    again.load_state_dict(model.state_dict())
+    assert torch.equal(again.log_prob(x, context), model.log_prob(x, context))
+    assert model.log_prob(x[:0], None if context is None else context[:0]).shape == (0,)
+
+
+def test_rows_by_formula():
+    """z2 = x2 exp(r tanh(s(x1))) + t(x1), odd features first, then even ones."""
+    model, x = random_vectors(4, norm="none", layers=2), randn(6, 4)
+    h, total = x, 0
+    for k, layer in enumerate(model.bijection):
+        changed, kept = h[:, 1 - k :: 2], h[:, k::2]
+        params = layer.network(kept)
+        s = layer.rescale * torch.tanh(params[:, 1::2])
+        changed = changed * s.exp() + params[:, 0::2]
+        h = torch.stack([kept, changed] if k == 0 else [changed, kept], 2).flatten(1)
+        total = total + s.sum(1)
+    z, logdet = model.bijection(x)
+    torch.testing.assert_close(z, h)
+    torch.testing.assert_close(logdet, total)
+
+
+def test_the_density_of_a_plane_integrates_to_one():
+    model = random_vectors(2)
+    line = torch.linspace(-12, 12, 801, dtype=torch.float64)
+    density = model.log_prob(torch.cartesian_prod(line, line)).detach().exp().view(801, 801)
+    assert abs(torch.trapezoid(torch.trapezoid(density, line), line).item() - 1) < 1e-2
+
+
+def test_rows_refuse():
+    with pytest.raises(ValueError, match="features: expected at least 2, of which .*, got 1"):
+        VectorRealNVP(1)
+    with pytest.raises(ValueError, match="norm: expected one of actnorm, batch, none, got 'layer'"):
+        VectorRealNVP(2, norm="layer")
+    with pytest.raises(ValueError, match=r"x: expected \[B, 3\], got \[2, 4\]"):
+        random_vectors().log_prob(torch.zeros(2, 4))
+    with pytest.raises(RuntimeError, match=r"evaluation mode only"):
+        random_vectors(norm="batch").train().sample(2)
+    with pytest.raises(ValueError, match="context"):
+        random_vectors(context_features=2).sample(2)
+
+
+def test_gain_decay():
+    model, x = random_realnvp(gain_decay=0.1), images(3, (1, 4, 4))
+    gains = [m.weight_g for m in model.modules() if isinstance(m, WeightNormConv2d)]
+    penalty = 0.05 * sum(g.square().sum() for g in gains)
+    torch.testing.assert_close(model.loss(x, 0.5), penalty - model(x))
+    torch.testing.assert_close(random_realnvp().loss(x), -random_realnvp()(x))
 
 
 # --- state, samples, input ----------------------------------------------------------------------------
