@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import pickle
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -282,3 +283,24 @@ def test_compiles():
     model, x = random_nice(dtype=torch.float32), images(3, (1, 4, 4), torch.float32)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x), model(x))
+
+
+# --- recipes ------------------------------------------------------------------------------------------
+
+SHAPES = {"digits": (1, 8, 8), "mnist": (1, 28, 28), "npz": (3, 32, 32)}
+
+
+def test_recipes(tmp_path):
+    train = pytest.importorskip("fastflow.train")
+    from fastflow.train.recipe import build_model
+    from fastflow.train.recipes import PUBLISHED, RECIPES
+
+    for book in (RECIPES, PUBLISHED):
+        for data, recipe in book["nice"].items():
+            with torch.device("meta"):
+                build_model(recipe.model, recipe.config(SimpleNamespace(shape=SHAPES[data])))
+    pytest.importorskip("sklearn")
+    data, recipe = train.load_data("digits"), RECIPES["nice"]["digits"]
+    model = build_model(recipe.model, {**recipe.config(data), "hidden": 4})
+    result = train.train(model, data, train.TrainConfig(steps=3, batch_size=16), tmp_path / "run", progress=False)
+    assert result.step == 3 and 0 < result.held_out < 20
