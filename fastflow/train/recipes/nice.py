@@ -15,7 +15,7 @@ RECIPES = {  # short: with a diagonal that fits the data from the start
         "NICE",
         lambda data: {"image_shape": data.shape, "interval": _UNIT, "data_init": True},
         TrainConfig(epochs=5, batch_size=200, lr=1e-3, cooldown=0.5, ema=0.99, checkpoint_every=1500),
-        published=(4.36, "NICE, table 3: 1980.50 nats"),
+        published=(4.36, "NICE: 1980.50 nats"),
     ),
 }
 
@@ -27,7 +27,7 @@ PUBLISHED = {
         "NICE",
         lambda data: {"image_shape": data.shape, "interval": _UNIT},
         TrainConfig(lr=1e-3, lr_decay=1 / 1.0005, **_RMSPROP),
-        published=(4.36, "NICE, table 3: 1980.50 nats"),
+        published=(4.36, "NICE: 1980.50 nats"),
     ),
     "npz": Recipe(  # CIFAR-10; its whitening is left out
         "NICE",
@@ -41,6 +41,6 @@ PUBLISHED = {
             "interval": (-1.0, 1.0),
         },
         TrainConfig(lr=2e-4, lr_decay=1 / 1.0005, **_RMSPROP),
-        published=(4.48, "NICE, table 3: 5371.78 nats on CIFAR-10"),
+        published=(4.48, "NICE: 5371.78 nats on CIFAR-10"),
     ),
 }

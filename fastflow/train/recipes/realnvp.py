@@ -23,7 +23,7 @@ RECIPES = {
         "RealNVP",
         lambda data: {"image_shape": data.shape, "hidden": 16, "blocks": 2, "compact": True, "alpha": 1e-3},
         TrainConfig(epochs=2, batch_size=32, lr=5e-3, warmup=50, cooldown=0.5, ema=0.998, checkpoint_every=1875),
-        published=(1.06, "RealNVP, quoted in FFJORD, table 2"),
+        published=(1.06, "RealNVP, as FFJORD quotes it"),
     ),
 }
 
@@ -48,6 +48,6 @@ PUBLISHED = {
         "RealNVP",
         lambda data: {"image_shape": data.shape, "hidden": 64, "blocks": 8},
         TrainConfig(epochs=100, batch_size=64, lr=1e-3, warmup=500, ema=0.999),
-        published=(1.06, "RealNVP, quoted in FFJORD, table 2"),
+        published=(1.06, "RealNVP, as FFJORD quotes it"),
     ),
 }
