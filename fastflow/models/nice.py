@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from fastflow.nn.actnorm import statistics
+from fastflow.nn.actnorm import ActNorm
 from fastflow.nn.base import Bijection, Inverse, Sequential, no_logdet
 from fastflow.nn.base_distribution import Logistic, StandardNormal
 from fastflow.nn.coupling import AdditiveCoupling
@@ -29,21 +29,33 @@ PRESETS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-class Halves(Bijection):
-    """A view of a sample [B, *shape] as two halves [B, 2, D / 2]: even and odd indices, or first and second half."""
+class Flatten(Bijection):
+    """A view of samples [B, *shape] as rows [B, D]."""
 
-    def __init__(self, shape: tuple[int, ...], interleaved: bool) -> None:
+    def __init__(self, shape: tuple[int, ...]) -> None:
         super().__init__()
-        self.shape, self.interleaved = shape, interleaved
+        self.shape = shape
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        pair = (math.prod(self.shape) // 2, 2) if self.interleaved else (2, math.prod(self.shape) // 2)
-        halves = x.reshape(len(x), *pair)
-        return (halves.transpose(1, 2) if self.interleaved else halves), no_logdet(x)
+        return x.flatten(1), no_logdet(x)
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        x = z.transpose(1, 2) if self.interleaved else z
-        return x.reshape(len(z), *self.shape), no_logdet(z)
+        return z.unflatten(1, self.shape), no_logdet(z)
+
+
+class Halves(Bijection):
+    """A view of rows [B, D] as two halves [B, 2, D / 2]: even and odd indices, or the first and the second half."""
+
+    def __init__(self, interleaved: bool) -> None:
+        super().__init__()
+        self.interleaved = interleaved
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        half = x.shape[1] // 2
+        return (x.unflatten(1, (half, 2)).mT if self.interleaved else x.unflatten(1, (2, half))), no_logdet(x)
+
+    def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return (z.mT if self.interleaved else z).flatten(1), no_logdet(z)
 
 
 class Stretch(Bijection):
@@ -93,8 +105,8 @@ class NICE(Flow):
         interval: where samples in [-1/2, 1/2) are stretched to at first; None leaves them as they come.
         init: weights start uniform in [-init, init], biases at 0: the flow is nearly the identity.
         context_features: P; the networks then get a context [B, P], too.
-        data_init: :meth:`initialize` centres the latent and gives it the base's standard deviation, by the last biases
-            of two couplings and by D. The paper leaves that to training, which takes D some thousand steps.
+        standardize: every dimension first goes through an ActNorm, which the first batch sets. The paper has none:
+            there D grows from 0 to what the data ask for, which takes training some thousand steps.
 
     The code of the paper reverses all features behind every coupling. Here nothing is moved: the halves are strided
     views that take turns, and a reversal is an order of rows and columns of the networks' weights.
@@ -119,7 +131,7 @@ class NICE(Flow):
         interval: tuple[float, float] | None = None,
         init: float = 0.01,
         context_features: int = 0,
-        data_init: bool = False,
+        standardize: bool = False,
     ) -> None:
         config = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         shape = tuple(image_shape)
@@ -135,21 +147,22 @@ class NICE(Flow):
         ):
             if value not in allowed:
                 raise ValueError(f"{name}: expected one of {', '.join(allowed)}, got {value!r}")
-        halves = Halves(shape, partition == "interleaved")
+        flat, halves = Flatten(shape), Halves(partition == "interleaved")
+        masks = ("second_half", "first_half")
         super().__init__(
             Logistic(shape) if prior == "logistic" else StandardNormal(shape),
             Sequential(
                 *([] if interval is None else [Stretch(*interval)]),
+                flat,
+                *([ActNorm(dims)] if standardize else []),
                 halves,
                 *(
-                    AdditiveCoupling(
-                        Network(dims // 2, hidden, depth, context_features, init),
-                        "first_half" if k % 2 else "second_half",
-                    )
+                    AdditiveCoupling(Network(dims // 2, hidden, depth, context_features, init), masks[k % 2])
                     for k, depth in enumerate(depths)
                 ),
                 Inverse(halves),
-                Scaling(shape),
+                Scaling(dims),
+                Inverse(flat),
             ),
         )
         self.config, self.image_shape, self.context_features = config | {"image_shape": shape}, shape, context_features
@@ -169,7 +182,7 @@ class NICE(Flow):
     @property
     def scaling(self) -> Scaling:
         """The diagonal."""
-        return self.bijection[-1]
+        return self.bijection[-2]
 
     @torch.no_grad()
     def spectrum(self) -> Tensor:
@@ -193,28 +206,6 @@ class NICE(Flow):
         """(x [n, *image_shape], log p(x) [n]); the temperature multiplies the scale of the base."""
         self._check_context(context, n)
         return super().sample_and_log_prob(n, context, temperature, generator)
-
-    @torch.no_grad()
-    def initialize(self, batch: Tensor, context: Tensor | None = None) -> None:
-        """With ``data_init`` sets biases and D from a batch, over all ranks; refuses where D has values already."""
-        if not self.config["data_init"]:
-            return
-        if self.scaling.log_scale.any():
-            raise RuntimeError("initialize: this model has been initialised or trained already")
-        deviation = math.pi / math.sqrt(3) if isinstance(self.base, Logistic) else 1.0
-        h, seen = batch, 0
-        for layer in self.bijection:
-            if layer is self.scaling:
-                layer.log_scale.copy_(torch.log(deviation / (statistics(h.flatten(1))[1] + 1e-6)))
-                return
-            h, _ = layer(h, context)
-            if isinstance(layer, AdditiveCoupling):
-                seen += 1
-                if seen > len(self.couplings) - 2:  # the last to change the half seen % 2
-                    half = h[:, seen % 2]
-                    mean = statistics(half)[0].to(half.dtype)
-                    layer.network.mlp[-1].bias.sub_(mean)
-                    half.sub_(mean)
 
     def _check_context(self, context: Tensor | None, n: int) -> None:
         wanted = None if not self.context_features else (n, self.context_features)
