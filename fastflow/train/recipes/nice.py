@@ -9,7 +9,7 @@ RECIPES = {  # short: standardised pixels, and networks that start larger
     "digits": Recipe(
         "NICE",
         lambda data: {"image_shape": data.shape, "hidden": 256, "layers": 3, "init": 0.05, "standardize": True},
-        TrainConfig(epochs=50, batch_size=64, lr=1e-3, cooldown=0.5, ema=0.99, init_batch=1400),
+        TrainConfig(epochs=35, batch_size=64, lr=1e-3, cooldown=0.5, ema=0.99, init_batch=1400),
     ),
     "mnist": Recipe(
         "NICE",
