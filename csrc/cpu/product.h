@@ -32,7 +32,9 @@ inline void product_block(int64_t depth, const Left<T> a, const T* b, int64_t b_
   using V = typename Vector<T>::type;
   constexpr int lanes = Vector<T>::lanes;
   V sum[rows][vectors];
+#pragma GCC unroll 8
   for (int i = 0; i < rows; ++i)
+#pragma GCC unroll 8
     for (int j = 0; j < vectors; ++j) {
       sum[i][j] = V{};
       if (start.data && start.column)
@@ -42,13 +44,18 @@ inline void product_block(int64_t depth, const Left<T> a, const T* b, int64_t b_
     }
   for (int64_t k = 0; k < depth; ++k) {
     V right[vectors];
-    std::memcpy(right, b + k * b_row, sizeof(right));
+#pragma GCC unroll 8
+    for (int j = 0; j < vectors; ++j) std::memcpy(&right[j], b + k * b_row + j * lanes, sizeof(V));
+#pragma GCC unroll 8
     for (int i = 0; i < rows; ++i) {
       const T left = a.data[i * a.row + k * a.column];
+#pragma GCC unroll 8
       for (int j = 0; j < vectors; ++j) sum[i][j] += left * right[j];
     }
   }
+#pragma GCC unroll 8
   for (int i = 0; i < rows; ++i)
+#pragma GCC unroll 8
     for (int j = 0; j < vectors; ++j) {
       T* to = out + i * out_row + j * lanes;
       if constexpr (add) {

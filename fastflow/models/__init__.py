@@ -4,3 +4,7 @@ from fastflow.models.glow import Glow
 from fastflow.models.wavenet import WaveNet
 
 __all__ = ["Glow", "WaveNet"]
+from fastflow.models.nice import NICE
+from fastflow.models.realnvp import RealNVP, VectorRealNVP
+
+__all__ = ["Glow", "NICE", "RealNVP", "VectorRealNVP"]

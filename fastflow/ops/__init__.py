@@ -7,6 +7,8 @@ from fastflow.ops.conv1x1_weights import dense_weights, lu_weights
 from fastflow.ops.coupling import additive_coupling, affine_coupling
 from fastflow.ops.gaussian import gaussian_log_prob, gaussian_sample
 from fastflow.ops.gaussian_kl import gaussian_kl
+from fastflow.ops.mlp_coupling import mlp_coupling
+from fastflow.ops.mlp_stack import ActNormStep, CouplingStep, MLPStack, PermutationStep
 from fastflow.ops.scale_map import ScaleMap, scale_map
 from fastflow.ops.trace import Rademacher, TraceEstimate, bottleneck_trace, exact_trace, hutchinson, probes
 from fastflow.ops.trace_mlp import mlp_trace
@@ -14,7 +16,11 @@ from fastflow.ops.wavenet import wavenet_stack
 from fastflow.ops.wavenet_generate import WaveNetWeights, wavenet_feed, wavenet_generate, wavenet_weights
 
 __all__ = [
+    "ActNormStep",
     "BackendError",
+    "CouplingStep",
+    "MLPStack",
+    "PermutationStep",
     "Rademacher",
     "ScaleMap",
     "TraceEstimate",
@@ -31,6 +37,7 @@ __all__ = [
     "gaussian_sample",
     "hutchinson",
     "lu_weights",
+    "mlp_coupling",
     "mlp_trace",
     "probes",
     "scale_map",

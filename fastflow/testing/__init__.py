@@ -6,6 +6,7 @@ One file of cases per family; ``checks`` holds the properties.
 from __future__ import annotations
 
 from fastflow.testing import actnorm, conv1x1, coupling, gaussian, trace, wavenet
+from fastflow.testing import actnorm, conv1x1, coupling, gaussian, mlp_coupling, trace
 from fastflow.testing.case import DTYPES, Case
 from fastflow.testing.checks import CHECKS, cast, check, tolerance
 
@@ -13,6 +14,7 @@ __all__ = ["CASES", "CHECKS", "DTYPES", "Case", "cases", "cast", "check", "toler
 
 CASES: tuple[Case, ...] = tuple(
     case for family in (coupling, actnorm, conv1x1, gaussian, trace, wavenet) for case in family.cases()
+    case for family in (coupling, actnorm, conv1x1, gaussian, mlp_coupling, trace) for case in family.cases()
 )
 
 
