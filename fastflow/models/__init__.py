@@ -1,10 +1,8 @@
 """Published models, one file per paper."""
 
 from fastflow.models.glow import Glow
-from fastflow.models.wavenet import WaveNet
-
-__all__ = ["Glow", "WaveNet"]
 from fastflow.models.nice import NICE
 from fastflow.models.realnvp import RealNVP, VectorRealNVP
+from fastflow.models.wavenet import WaveNet
 
-__all__ = ["Glow", "NICE", "RealNVP", "VectorRealNVP"]
+__all__ = ["Glow", "NICE", "RealNVP", "VectorRealNVP", "WaveNet"]

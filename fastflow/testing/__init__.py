@@ -5,17 +5,31 @@ One file of cases per family; ``checks`` holds the properties.
 
 from __future__ import annotations
 
-from fastflow.testing import actnorm, conv1x1, coupling, gaussian, trace, wavenet
-from fastflow.testing import actnorm, conv1x1, coupling, gaussian, mlp_coupling, trace
+from fastflow.testing import (
+    actnorm,
+    conv1x1,
+    coupling,
+    gaussian,
+    mlp_coupling,
+    trace,
+    wavenet,
+)
 from fastflow.testing.case import DTYPES, Case
 from fastflow.testing.checks import CHECKS, cast, check, tolerance
 
 __all__ = ["CASES", "CHECKS", "DTYPES", "Case", "cases", "cast", "check", "tolerance"]
 
-CASES: tuple[Case, ...] = tuple(
-    case for family in (coupling, actnorm, conv1x1, gaussian, trace, wavenet) for case in family.cases()
-    case for family in (coupling, actnorm, conv1x1, gaussian, mlp_coupling, trace) for case in family.cases()
+_FAMILIES = (
+    coupling,
+    actnorm,
+    conv1x1,
+    gaussian,
+    trace,
+    mlp_coupling,
+    wavenet,
 )
+
+CASES: tuple[Case, ...] = tuple(case for family in _FAMILIES for case in family.cases())
 
 
 def cases(family: str | None = None) -> tuple[Case, ...]:
