@@ -27,7 +27,7 @@ class Logit(Bijection):
     Every p strictly between 0 and 1 has a z. On the CPU anything else is a ValueError; other devices do not wait to
     find out, and compiled code does not branch: there NaN or infinity comes out, which the log-likelihood then is.
     The inverse clamps nothing: every z has its x, and |z| > logit(1 - α) lies outside [l, h], by less than
-    α (h - l) / (1 - 2 α).
+    α (h - l) / (1 - 2 α); what a model thinks probable there is lost to the data.
 
     Paper: RealNVP, section 4.1, https://arxiv.org/abs/1605.08803.
 

@@ -1,9 +1,9 @@
 """NICE (https://arxiv.org/abs/1410.8516)."""
 
+from fastflow.models.nice import PRESETS
+
 from ..config import TrainConfig
 from ..recipe import Recipe
-
-_UNIT = (0.0, 1.0)  # where the paper's code has MNIST
 
 RECIPES = {  # short: standardised pixels, and networks that start larger
     "digits": Recipe(
@@ -25,21 +25,13 @@ _RMSPROP = {"batch_size": 200, "epochs": 1500, "optimizer": "rmsprop", "momentum
 PUBLISHED = {
     "mnist": Recipe(
         "NICE",
-        lambda data: {"image_shape": data.shape, "interval": _UNIT},
+        lambda data: {**PRESETS["mnist"], "image_shape": data.shape},
         TrainConfig(lr=1e-3, lr_decay=1 / 1.0005, **_RMSPROP),
         published=(4.36, "NICE: 1980.50 nats"),
     ),
     "npz": Recipe(  # CIFAR-10; its whitening is left out
         "NICE",
-        lambda data: {
-            "image_shape": data.shape,
-            "couplings": 8,
-            "hidden": 2400,
-            "layers": (1, 1, 3, 3, 2, 2, 1, 1),
-            "partition": "halves",
-            "prior": "normal",
-            "interval": (-1.0, 1.0),
-        },
+        lambda data: {**PRESETS["cifar10"], "image_shape": data.shape},
         TrainConfig(lr=2e-4, lr_decay=1 / 1.0005, **_RMSPROP),
         published=(4.48, "NICE: 5371.78 nats on CIFAR-10"),
     ),

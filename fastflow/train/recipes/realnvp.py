@@ -1,5 +1,7 @@
 """RealNVP (https://arxiv.org/abs/1605.08803)."""
 
+from fastflow.models.realnvp import PRESETS
+
 from ..config import TrainConfig
 from ..recipe import Recipe
 
@@ -33,14 +35,7 @@ _CLIP = 100 / 2130  # in bits/dim of 3 x 32 x 32
 PUBLISHED = {
     "npz": Recipe(  # CIFAR-10
         "RealNVP",
-        lambda data: {
-            "image_shape": data.shape,
-            "hidden": 64,
-            "blocks": 8,
-            "norm": "none",
-            "net_norm": True,
-            "gain_decay": 5e-5,
-        },
+        lambda data: {**PRESETS["chrischute-cifar10"], "image_shape": data.shape},
         TrainConfig(epochs=100, batch_size=64, lr=1e-3, clip=_CLIP, ema=0.0),
         published=(3.49, "RealNVP, table 1, CIFAR-10"),
     ),
