@@ -6,6 +6,7 @@
 
 #include "chain.h"
 #include "module.h"
+#include "roots.h"
 
 namespace fastflow {
 namespace {
