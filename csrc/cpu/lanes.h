@@ -40,16 +40,24 @@ struct BlockOf {
       : view(v), offset(first * v.stride[0] + k * v.stride[1]), sample(v.stride[0]), variable(v.stride[2]) {}
 };
 
+// f(lane, first variable, last) over a block in pieces of which a row lies in a cache line or two: the samples may be
+// any distance apart, and a power of two is usual, which a cache holds few lines of.
+template <class F>
+void each_piece(int64_t count, int64_t n, const F& f) {
+  for (int64_t d = 0; d < n; d += 16)
+    for (int64_t l = 0; l < count; ++l) f(l, d, std::min<int64_t>(d + 16, n));
+}
+
 template <class T>
 void load_lanes(const BlockOf& block, int64_t count, int64_t n, T* to) {
   constexpr int64_t L = kLanes<T>;
   with_type(block.view.dtype, [&](auto type) {
     const auto* from = reinterpret_cast<const decltype(type)*>(block.view.data) + block.offset;
-    for (int64_t d = 0; d < n; ++d) {
-      for (int64_t l = 0; l < count; ++l) to[d * L + l] = T(widen(from[l * block.sample + d * block.variable]));
-      for (int64_t l = count; l < L; ++l) to[d * L + l] = T(0);
-    }
+    each_piece(count, n, [&](int64_t l, int64_t first, int64_t last) {
+      for (int64_t d = first; d < last; ++d) to[d * L + l] = T(widen(from[l * block.sample + d * block.variable]));
+    });
   });
+  for (int64_t d = 0; count < L && d < n; ++d) std::fill(to + d * L + count, to + (d + 1) * L, T(0));
 }
 
 template <class T>
@@ -59,8 +67,9 @@ void store_lanes(const BlockOf& block, int64_t count, int64_t n, const T* from) 
     using S = decltype(type);
     if constexpr ((sizeof(S) == 8) == (sizeof(T) == 8)) {
       S* to = reinterpret_cast<S*>(block.view.data) + block.offset;
-      for (int64_t l = 0; l < count; ++l)
-        for (int64_t d = 0; d < n; ++d) narrow(from[d * L + l], to[l * block.sample + d * block.variable]);
+      each_piece(count, n, [&](int64_t l, int64_t first, int64_t last) {
+        for (int64_t d = first; d < last; ++d) narrow(from[d * L + l], to[l * block.sample + d * block.variable]);
+      });
     } else {
       throw std::invalid_argument("float64 outputs belong to float64 computations, and only to them");
     }
