@@ -38,13 +38,18 @@ FF_HD Tanh<T> tanh_slope(T a) {
   return {h, T(4) * q * (r * r)};
 }
 
+// log(1 + x) for x >= -0.5: with what rounding 1 + x lost, to first order
+template <class T>
+FF_HD T log1p_above(T x) {
+  const T u = T(1) + x;
+  return log(u) + (x - (u - T(1))) / u;
+}
+
 // log(1 + s d) with d = 1 - h^2: the logarithm of the derivative at a. No cancellation on either side of 0.
 template <class T>
 FF_HD T log_derivative(T slope, Tanh<T> t) {
   const T x = (slope - T(1)) * t.d;
-  const T u = T(1) + x;
-  const T near = log(u) + (x - (u - T(1))) / u;  // log1p: what rounding u lost, to first order
-  return x < T(-0.5) ? log(slope + (T(1) - slope) * (t.h * t.h)) : near;
+  return x < T(-0.5) ? log(slope + (T(1) - slope) * (t.h * t.h)) : log1p_above(x);
 }
 
 // 1 + s d, as accurate

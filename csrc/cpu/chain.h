@@ -41,6 +41,14 @@ int64_t blocks_of(int64_t samples) {
   return (samples + kLanes<T> - 1) / kLanes<T>;
 }
 
+// f(T(), each, inverse)
+template <class F>
+void with_options(const View& z, bool each, bool inverse, const F& f) {
+  with_accumulator(z.dtype, [&](auto type) {
+    with_bool(each, [&](auto own) { with_bool(inverse, [&](auto back) { f(type, own, back); }); });
+  });
+}
+
 template <bool inverse, class Family>
 void chain_forward(const Family& family, const View& z, const View& running, const View& y, const View& logdet) {
   using T = typename Family::Number;

@@ -95,7 +95,15 @@ inline T lane(const T* p, int64_t d, int64_t l) {
   return p[d];
 }
 
-// sum over the lanes of a b
+template <class T>
+T sum_lanes(const T* a) {
+  T sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t l = 0; l < kLanes<T>; ++l) sum += a[l];
+  return sum;
+}
+
+// the sum over the lanes of a b
 template <class T>
 T dot_lanes(const T* a, const T* b) {
   T sum = 0;

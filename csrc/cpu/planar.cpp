@@ -172,10 +172,7 @@ class Planar {
     } else {
       for (int64_t i = 0; i < n_; ++i) sums[i] += double(dot_lanes(signed_h, g + i * L));
       for (int64_t i = 0; i < n_; ++i) sums[n_ + i] += double(dot_lanes(ga, z + i * L));
-      T total_a = 0, total_s = 0;
-#pragma omp simd reduction(+ : total_a, total_s)
-      for (int64_t l = 0; l < L; ++l) total_a += ga[l], total_s += gs[l];
-      sums[2 * n_] += double(total_a), sums[2 * n_ + 1] += double(total_s);
+      sums[2 * n_] += double(sum_lanes(ga)), sums[2 * n_ + 1] += double(sum_lanes(gs));
     }
     if constexpr (!inverse) move_loop<each>(s.w, ga, T(1), g, n_);
   }
@@ -204,14 +201,6 @@ class Planar {
   std::vector<T> raw_, made_, weights_, biases_, slopes_;  // u, û, w, b, 1 + s of all units
   std::vector<Constraint<T>> constraints_;
 };
-
-// f(T(), each, inverse)
-template <class F>
-void with_options(const View& z, bool each, bool inverse, const F& f) {
-  with_accumulator(z.dtype, [&](auto type) {
-    with_bool(each, [&](auto own) { with_bool(inverse, [&](auto back) { f(type, own, back); }); });
-  });
-}
 
 // --- what Python sees ------------------------------------------------------------------------------------
 

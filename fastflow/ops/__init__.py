@@ -8,6 +8,7 @@ from fastflow.ops.coupling import additive_coupling, affine_coupling
 from fastflow.ops.gaussian import gaussian_log_prob, gaussian_sample
 from fastflow.ops.gaussian_kl import gaussian_kl
 from fastflow.ops.planar import planar
+from fastflow.ops.radial import radial
 from fastflow.ops.scale_map import ScaleMap, scale_map
 from fastflow.ops.trace import Rademacher, TraceEstimate, bottleneck_trace, exact_trace, hutchinson, probes
 from fastflow.ops.trace_mlp import mlp_trace
@@ -32,6 +33,7 @@ __all__ = [
     "mlp_trace",
     "planar",
     "probes",
+    "radial",
     "scale_map",
     "use_backend",
 ]

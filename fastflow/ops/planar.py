@@ -14,7 +14,7 @@ from fastflow.ops._steps import check_steps, parameters_like
 
 __all__ = ["planar"]
 
-FAMILY = Family("planar")
+FAMILY = Family("planar", gpu=())
 
 # --- meaning ----------------------------------------------------------------------------------------
 
