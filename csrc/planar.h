@@ -13,6 +13,12 @@ struct Constraint {
   T shift;       // (m(p) - p) / |w|^2
   T rise;        // d slope / dp
   T shift_rise;  // d shift / dp
+
+  template <class S>
+  FF_HD Constraint<S> as() const {
+    const S rounded = S(slope), smallest = bit_cast<S>(typename Float<S>::Int(1) << Float<S>::mantissa);
+    return {rounded < smallest ? smallest : rounded, S(shift), S(rise), S(shift_rise)};
+  }
 };
 
 template <class T>

@@ -31,6 +31,11 @@ FF_HD T sqrt_positive(T x) {
 template <class T>
 struct Sphere {
   T alpha, reach, alpha_rise, reach_rise;  // and the derivatives by what they are made of
+
+  template <class S>
+  FF_HD Sphere<S> as() const {
+    return {S(alpha), S(reach), S(alpha_rise), S(reach_rise)};
+  }
 };
 
 // alpha_map: |α| or softplus(α)

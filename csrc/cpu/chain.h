@@ -56,19 +56,20 @@ void chain_forward(const Family& family, const View& z, const View& running, con
   const int64_t samples = z.size[0], n = z.size[1], steps = family.steps();
   parallel_for(blocks_of<T>(samples), samples * n * steps >= kParallelElements, [&](int64_t begin, int64_t end) {
     auto step = family.step();
-    LaneBuffer<T> state(n), sum(1), kept(Family::kKept);
+    LaneBuffer<T> state(n), kept(Family::kKept);
+    double sum[L];
     for (int64_t number = begin; number < end; ++number) {
       const Block block = block_of<T>(number, samples);
       load_lanes(BlockOf(z, block.first), block.count, n, state.data());
-      std::fill(sum[0], sum[0] + L, T(0));
+      std::fill(sum, sum + L, 0.0);
       for (int64_t i = 0; i < steps; ++i) {
         family.load(step, inverse ? steps - 1 - i : i, block);
-        family.template apply<inverse>(step, state.data(), sum[0], kept.data());
+        family.template apply<inverse>(step, state.data(), sum, kept.data());
       }
       store_lanes(BlockOf(y, block.first), block.count, n, state.data());
       for (int64_t l = 0; l < block.count; ++l) {
-        const T start = running ? at<T>(running, block.first + l) : T(0);
-        at<T>(logdet, block.first + l) = start + sum[0][l];
+        const double start = running ? double(at<T>(running, block.first + l)) : 0.0;
+        at<T>(logdet, block.first + l) = T(start + sum[l]);
       }
     }
   });
@@ -88,15 +89,15 @@ void chain_backward(const Family& family, const View& z, const View& gy, const V
   parallel_for(shares, samples * n * steps >= kParallelElements, [&](int64_t begin, int64_t end) {
     auto step = family.step();
     LaneBuffer<T> state((stride + 1) * n), checkpoints((steps / stride + 1) * n), kept(steps * kept_size), g(n), gl(1);
-    LaneBuffer<T> unused(1);
+    double unused[L];
     const auto at_step = [&](int64_t i) { return inverse ? steps - 1 - i : i; };
     const auto run = [&](const Block& block, double* total) {
       load_lanes(BlockOf(z, block.first), block.count, n, state.data());
-      std::fill(unused[0], unused[0] + L, T(0));
+      std::fill(unused, unused + L, 0.0);
       for (int64_t i = 0; i < steps; ++i) {
         if (i % stride == 0) std::copy(state.data(), state.data() + n * L, checkpoints[i / stride * n]);
         family.load(step, at_step(i), block);
-        family.template apply<inverse>(step, state.data(), unused[0], kept[i * kept_size]);
+        family.template apply<inverse>(step, state.data(), unused, kept[i * kept_size]);
       }
       load_lanes(BlockOf(gy, block.first), block.count, n, g.data());
       std::fill(gl[0], gl[0] + L, T(0));

@@ -24,10 +24,10 @@ void tanh_loop(const T* a, T* h, T* d) {
 
 // logdet += sign log(1 + s d)
 template <bool each, class T>
-void logdet_loop(const T* slope, const T* h, const T* d, T sign, T* logdet) {
+void logdet_loop(const T* slope, const T* h, const T* d, double sign, double* logdet) {
 #pragma omp simd
   for (int64_t l = 0; l < kLanes<T>; ++l)
-    logdet[l] += sign * log_derivative(lane<each>(slope, 0, l), Tanh<T>{h[l], d[l]});
+    logdet[l] += sign * double(log_derivative(lane<each>(slope, 0, l), Tanh<T>{h[l], d[l]}));
 }
 
 // z += factor h û
@@ -78,7 +78,7 @@ class Planar {
         const T *w = &weights_[k * n_], *u = &raw_[k * n_];
         double p = 0, square = 0;
         for (int64_t d = 0; d < n_; ++d) p += double(w[d]) * u[d], square += double(w[d]) * w[d];
-        const Constraint<T> c = constrain(T(p), T(square));
+        const Constraint<T> c = constrain(p, square).template as<T>();
         for (int64_t d = 0; d < n_; ++d) made_[k * n_ + d] += c.shift * w[d];
         constraints_.push_back(c), slopes_.push_back(c.slope);
       }
@@ -120,7 +120,7 @@ class Planar {
   }
 
   template <bool inverse>
-  void apply(Step& s, T* z, T* logdet, T* kept) const {
+  void apply(Step& s, T* z, double* logdet, T* kept) const {
     T *h = kept, *d = kept + L, *v = s.work[0], *slopes = s.work[1], *a = inverse ? s.work[2] : v;
     dot_variables<each>(z, s.w, s.b, v, n_);
     if constexpr (inverse) {
@@ -128,7 +128,7 @@ class Planar {
       tanh_roots(v, slopes, a, L);
     }
     tanh_loop(a, h, d);
-    logdet_loop<each>(s.slope, h, d, T(inverse ? -1 : 1), logdet);
+    logdet_loop<each>(s.slope, h, d, inverse ? -1.0 : 1.0, logdet);
     replay<inverse>(s, z, kept);
   }
 

@@ -30,13 +30,13 @@ void distance_loop(const T* z, const T* c, T* r, int64_t n) {
 
 // logdet, y and r of the step
 template <bool inverse, bool each, class T>
-void ring_loop(const T* alpha, const T* reach, T others, T* logdet, T* y, T* r) {
+void ring_loop(const T* alpha, const T* reach, T others, double* logdet, T* y, T* r) {
 #pragma omp simd
   for (int64_t l = 0; l < kLanes<T>; ++l) {
     const T a = lane<each>(alpha, 0, l), b = lane<each>(reach, 0, l);
     const T at = inverse ? ring_root(a, b, r[l]) : r[l];
     const Ring<T> made = ring(a, b, at, others);
-    logdet[l] += inverse ? -made.logdet : made.logdet;
+    logdet[l] += double(inverse ? -made.logdet : made.logdet);
     y[l] = inverse ? (a - b) / (b + at) : made.y;
     r[l] = at;
   }
@@ -105,7 +105,8 @@ class Radial {
     if constexpr (!each) {
       centres_ = shared_values<T>(centre, steps_, n_);
       const std::vector<T> a = shared_values<T>(alpha, steps_, 1), b = shared_values<T>(beta, steps_, 1);
-      for (int64_t k = 0; k < steps_; ++k) spheres_.push_back(sphere(a[k], b[k], absolute));
+      for (int64_t k = 0; k < steps_; ++k)
+        spheres_.push_back(sphere(double(a[k]), double(b[k]), absolute).template as<T>());
     }
   }
 
@@ -141,7 +142,7 @@ class Radial {
   }
 
   template <bool inverse>
-  void apply(Step& s, T* z, T* logdet, T* kept) const {
+  void apply(Step& s, T* z, double* logdet, T* kept) const {
     distance_loop<each>(z, s.centre, kept + L, n_);
     ring_loop<inverse, each>(s.alpha, s.reach, T(n_ - 1), logdet, kept, kept + L);
     replay<inverse>(s, z, kept);
