@@ -9,6 +9,8 @@ from fastflow.nn.debugging import NonFiniteError, debug
 from fastflow.nn.diagnostics import InverseError, inverse_error
 from fastflow.nn.flow import Flow
 from fastflow.nn.permutation import Permutation
+from fastflow.nn.planar import Planar
+from fastflow.nn.radial import Radial
 from fastflow.nn.reshape import Squeeze
 from fastflow.nn.split_prior import SplitPrior
 
@@ -25,6 +27,8 @@ __all__ = [
     "InvertibleConv1x1",
     "NonFiniteError",
     "Permutation",
+    "Planar",
+    "Radial",
     "Sequential",
     "SplitPrior",
     "Squeeze",
