@@ -13,9 +13,10 @@
 
 namespace fastflow {
 
-// The square of the least distance to the centre: at the centre itself the direction is nothing and not 0 / 0.
+// The square of the least distance to the centre: at the centre itself the direction is nothing and not 0 / 0. Its
+// inverse cubed, in second derivatives, is still a number.
 template <class T>
-constexpr T kNearest = T(1e-24);
+constexpr T kNearest = T(sizeof(T) == 4 ? 1e-24 : 1e-150);
 
 template <class T>
 FF_HD T sqrt_positive(T x) {

@@ -1,4 +1,4 @@
-"""What the flows of K small steps on vectors share: their parameters are one set [K, ...], or one per sample [B, K, ...]."""
+"""What flows of K small steps on vectors share: parameters are one set, [K, ...], or one per sample, [B, K, ...]."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def check_steps(z: Tensor, vectors: dict[str, Tensor], numbers: dict[str, Tensor
     if z.dim() != 2 or z.shape[1] == 0:
         raise ValueError(f"z: expected [B, D] with D at least 1, got {list(z.shape)}")
     first, tensor = next(iter(vectors.items()))
-    _check.floating(first, tensor)
+    _check.floating(first, tensor, 0)
     if tensor.dim() not in (2, 3):
         raise ValueError(f"{first}: expected [K, D] or [B, K, D], got {list(tensor.shape)}")
     each = tensor.dim() == 3

@@ -31,9 +31,10 @@ def reference(
     reach = F.softplus(beta, threshold=50)  # α + β̂
     steps, others = centre.shape[-2], z.shape[1] - 1
     logdet = z.new_zeros(z.shape[:1], dtype=dtype)
+    nearest = 1e-150 if dtype == torch.float64 else 1e-24  # at the centre the direction is nothing, and not 0 / 0
     for k in reversed(range(steps)) if inverse else range(steps):
         a, rho, x = alpha[..., k], reach[..., k], out - centre[..., k, :]
-        r = (x.square().sum(1) + 1e-24).sqrt()  # at the centre the direction is nothing, and not 0 / 0
+        r = (x.square().sum(1) + nearest).sqrt()
         r = _root(a, rho, r) if inverse else r
         h = 1 / (a + r)
         y = (rho - a) * h
