@@ -39,7 +39,7 @@ def test_root_is_the_root():
 
     def f(a):  # for s < 0 all terms are positive; tanh a = a / (1 + w) by its continued fraction
         z = a * a
-        w = z / (3 + z / (5 + z / (7 + z / (9 + z / (11 + z / 13)))))
+        w = z / (3 + z / (5 + z / (7 + z / (9 + z / (11 + z / (13 + z / (15 + z / 17)))))))
         rest = torch.where(a < 0.7, a * w / (1 + w), a - a.tanh())
         return torch.where(slope < 1, slope * a + (1 - slope) * rest, a + (slope - 1) * a.tanh())
 
