@@ -194,17 +194,17 @@ class Radial {
 
 // --- what Python sees ------------------------------------------------------------------------------------
 
-void radial_fwd(const View& z, const View& centre, const View& alpha, const View& beta, const View& running,
-                const View& y, const View& logdet, bool absolute, bool each, bool inverse) {
+void radial_fwd(const View& z, const View& centre, const View& alpha, const View& beta, bool absolute,
+                const View& running, const View& y, const View& logdet, bool each, bool inverse) {
   with_options(z, each, inverse, [&](auto type, auto own, auto back) {
     const Radial<decltype(type), own()> family(z, centre, alpha, beta, absolute);
     chain_forward<back()>(family, z, running, y, logdet);
   });
 }
 
-void radial_bwd(const View& z, const View& centre, const View& alpha, const View& beta, const View& gy,
+void radial_bwd(const View& z, const View& centre, const View& alpha, const View& beta, bool absolute, const View& gy,
                 const View& glogdet, const View& gz, const View& gcentre, const View& galpha, const View& gbeta,
-                bool absolute, bool each, bool inverse) {
+                bool each, bool inverse) {
   with_options(z, each, inverse, [&](auto type, auto own, auto back) {
     const Radial<decltype(type), own()> family(z, centre, alpha, beta, absolute, {gcentre, galpha, gbeta});
     chain_backward<back()>(family, z, gy, glogdet, gz);

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
 from torch import Tensor
 
 from fastflow.ops import _check
 from fastflow.ops._op import accumulator
 
-__all__ = ["check_steps", "parameters_like"]
+__all__ = ["Prepare", "check_steps", "pack", "parameters_like", "unpack_gradient"]
+
+Prepare = Callable[..., Tensor]
+"""From a family's parameters to [..., K, P]: all that a step uses, in one row. Plain PyTorch, so differentiable."""
 
 
 def check_steps(z: Tensor, vectors: dict[str, Tensor], numbers: dict[str, Tensor]) -> bool:
@@ -34,3 +41,26 @@ def check_steps(z: Tensor, vectors: dict[str, Tensor], numbers: dict[str, Tensor
 def parameters_like(z: Tensor, each: bool, *parameters: Tensor) -> list[Tensor]:
     """Where a backward kernel puts the gradients of parameters: those that all samples share are sums."""
     return [p.new_empty(p.shape, dtype=p.dtype if each else accumulator(z.dtype)) for p in parameters]
+
+
+# --- for the GPU backends: constraints and packing are PyTorch's, the kernels see rows ready for use -------------------
+
+
+def pack(prepare: Prepare, z: Tensor, given: Sequence[Any]) -> Tensor:
+    """The rows of all steps, [K, P] or [B, K, P], contiguous, in the dtype that z is computed in."""
+    with torch.no_grad():
+        return prepare(*_cast(given, accumulator(z.dtype))).contiguous()
+
+
+def unpack_gradient(prepare: Prepare, given: Sequence[Any], gradient: Tensor, out: Sequence[Tensor]) -> None:
+    """From the gradient of the rows to those of the parameters."""
+    with torch.enable_grad():
+        leaves = [t.detach().requires_grad_() if isinstance(t, Tensor) else t for t in _cast(given, gradient.dtype)]
+        wanted = [t for t in leaves if isinstance(t, Tensor)]
+        found = torch.autograd.grad(prepare(*leaves), wanted, gradient)
+    for to, value in zip(out, found, strict=True):
+        to.copy_(value)
+
+
+def _cast(given: Sequence[Any], dtype: torch.dtype) -> list[Any]:
+    return [t.to(dtype) if isinstance(t, Tensor) else t for t in given]

@@ -14,7 +14,7 @@ from fastflow.ops._steps import check_steps, parameters_like
 
 __all__ = ["planar"]
 
-FAMILY = Family("planar", gpu=())
+FAMILY = Family("planar")
 
 # --- meaning ----------------------------------------------------------------------------------------
 
@@ -43,12 +43,17 @@ def reference(
     return out.to(z.dtype), logdet if running is None else running + logdet
 
 
+def rows(u: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    """û, w, b, 1 + w . û of every unit: [..., K, 2 D + 2]."""
+    made, slope = constrained(u, w)
+    return torch.cat([made, w, b[..., None], slope[..., None]], -1)
+
+
 # --- contract ---------------------------------------------------------------------------------------
 
 
 @op(
-    "planar_fwd(Tensor z, Tensor u, Tensor w, Tensor b, Tensor? running, bool inverse) -> (Tensor, Tensor)",
-    backends=("cpu",),
+    "planar_fwd(Tensor z, Tensor u, Tensor w, Tensor b, Tensor? running, bool inverse) -> (Tensor, Tensor)"
 )
 def _forward(kernel, z, u, w, b, running, inverse):
     y = torch.empty_like(z)
@@ -59,8 +64,7 @@ def _forward(kernel, z, u, w, b, running, inverse):
 
 @op(
     "planar_bwd(Tensor z, Tensor u, Tensor w, Tensor b, Tensor gy, Tensor glogdet, bool inverse)"
-    " -> (Tensor, Tensor, Tensor, Tensor)",
-    backends=("cpu",),
+    " -> (Tensor, Tensor, Tensor, Tensor)"
 )
 def _backward(kernel, z, u, w, b, gy, glogdet, inverse):
     gz, (gu, gw, gb) = torch.empty_like(z), parameters_like(z, u.dim() == 3, u, w, b)

@@ -15,7 +15,7 @@ from fastflow.ops._steps import check_steps, parameters_like
 
 __all__ = ["radial"]
 
-FAMILY = Family("radial", gpu=())
+FAMILY = Family("radial")
 ALPHA_MAPS = ("abs", "softplus")
 
 # --- meaning ----------------------------------------------------------------------------------------
@@ -62,29 +62,33 @@ def _log_one_plus(x: Tensor, one_plus: Tensor) -> Tensor:
     return torch.where(near, torch.log(torch.where(near, one_plus, 1.0)), torch.log1p(torch.where(near, 0.0, x)))
 
 
+def rows(centre: Tensor, alpha: Tensor, beta: Tensor, absolute: bool) -> Tensor:
+    """c, α, α + β̂ of every step: [..., K, D + 2]."""
+    alpha = alpha.abs() if absolute else F.softplus(alpha, threshold=50)
+    return torch.cat([centre, alpha[..., None], F.softplus(beta, threshold=50)[..., None]], -1)
+
+
 # --- contract ---------------------------------------------------------------------------------------
 
 
 @op(
     "radial_fwd(Tensor z, Tensor centre, Tensor alpha, Tensor beta, Tensor? running, bool absolute, bool inverse)"
-    " -> (Tensor, Tensor)",
-    backends=("cpu",),
+    " -> (Tensor, Tensor)"
 )
 def _forward(kernel, z, centre, alpha, beta, running, absolute, inverse):
     y = torch.empty_like(z)
     logdet = z.new_empty(z.shape[:1], dtype=accumulator(z.dtype))
-    kernel(z, centre, alpha, beta, running, y, logdet, absolute, centre.dim() == 3, inverse)
+    kernel(z, centre, alpha, beta, absolute, running, y, logdet, centre.dim() == 3, inverse)
     return y, logdet
 
 
 @op(
     "radial_bwd(Tensor z, Tensor centre, Tensor alpha, Tensor beta, Tensor gy, Tensor glogdet, bool absolute,"
-    " bool inverse) -> (Tensor, Tensor, Tensor, Tensor)",
-    backends=("cpu",),
+    " bool inverse) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 def _backward(kernel, z, centre, alpha, beta, gy, glogdet, absolute, inverse):
     gz, grads = torch.empty_like(z), parameters_like(z, centre.dim() == 3, centre, alpha, beta)
-    kernel(z, centre, alpha, beta, gy, glogdet, gz, *grads, absolute, centre.dim() == 3, inverse)
+    kernel(z, centre, alpha, beta, absolute, gy, glogdet, gz, *grads, centre.dim() == 3, inverse)
     return gz, *grads
 
 
