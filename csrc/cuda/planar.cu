@@ -5,32 +5,28 @@
 namespace fastflow {
 
 struct Planar {
-  // z [D] in T, or in double where it is to be undone
-  template <bool inverse, class T, class Z>
-  FF_D static T apply(const Step<T>& s, Z* z, double& logdet) {
+  template <bool inverse, class T>
+  FF_D static T apply(const Step<T>& s, T* z, double& logdet) {
     const T *u = s.p, *w = s.p + s.width, b = w[s.width], slope = w[s.width + 1];
-    const T v = T(s.sum([&](int d) { return double(z[d] * Z(w[d])); })) + b;
+    const T v = T(s.sum([&](int d) { return double(z[d] * w[d]); })) + b;
     const T a = inverse ? tanh_root(v, slope) : v;
     const Tanh<T> t = tanh_slope(a);
     const double change = double(log_derivative(slope, t));
     logdet += inverse ? -change : change;
-    s.variables([&](int d) { z[d] += inverse ? -Z(u[d]) * Z(t.h) : Z(u[d]) * Z(t.h); });
+    s.variables([&](int d) { z[d] += inverse ? -u[d] * t.h : u[d] * t.h; });
     return a;
   }
 
   template <bool inverse, class T, class Put>
-  FF_D static void gradient(const Step<T>& s, T kept, double* z, T* g, T gl, const Put& put) {
+  FF_D static void gradient(const Step<T>& s, T kept, const T* z, T* g, T gl, const Put& put) {
     const T *u = s.p, *w = s.p + s.width, slope = w[s.width + 1];
     const Tanh<T> t = tanh_slope(kept);
     const T dot = T(s.sum([&](int d) { return double(u[d] * g[d]); }));
     const UnitGradient<T> own = unit_gradient<inverse>(slope, t, dot, gl);
     s.variables([&](int d) {
-      const double step = double(u[d]) * double(t.h);
-      const double before = inverse ? z[d] : z[d] - step;  // the unit, which is after its inverse
       const T back = g[d] + own.a * w[d];
       put(d, inverse ? -t.h * back : t.h * g[d]);
-      put(s.width + d, own.a * T(before));
-      z[d] = inverse ? z[d] + step : before;
+      put(s.width + d, own.a * z[d]);
       g[d] = back;
     });
     if (s.lane) return;
@@ -39,14 +35,14 @@ struct Planar {
   }
 };
 
-template <class X, int inverse>
+template <class X, bool inverse>
 FF_D void planar_fwd(const StepsForward& a) {
-  steps_fwd<Planar, X, inverse != 0>(a);
+  steps_fwd<Planar, X, inverse>(a);
 }
 
-template <class X, int inverse>
+template <class X, bool inverse>
 FF_D void planar_bwd(const StepsBackward& a) {
-  steps_bwd<Planar, X, inverse != 0>(a);
+  steps_bwd<Planar, X, inverse>(a);
 }
 
 template <class T>

@@ -3,15 +3,15 @@
 // sums over the team. The parameters come ready for use (fastflow/ops/_steps.py), [K, P] or [B, K, P] in the
 // accumulator's type, and their gradients leave in the same form.
 //
-// Backward runs the chain again with states in double, keeping one number of every step, and then undoes it step by
-// step: what that loses beside the size of a step is far below what is asked for. Gradients of shared parameters are
-// summed by team, in an order that shapes decide, and then over the teams by steps_finish.
+// Backward runs the chain again and keeps all states of the sample at hand, in memory that a team has for all of its
+// samples: it is bounded, whatever the batch is, and mostly in the cache. Undoing the steps instead would lose what is
+// small beside them. Gradients of shared parameters are summed by team, in an order that shapes decide, and then over
+// the teams by finish_columns.
 //
 // A family is a class with
-//   apply<inverse>(step, z, logdet)            one step; the number of it that is kept
-//   gradient<inverse>(step, kept, z, g, gl, put)   from the state after the step and the gradient of that, to those
-//   before;
-//                                              put(i, value) for element i of the parameters' gradient
+//   apply<inverse>(step, z, logdet)                    one step; the number of it that is kept
+//   gradient<inverse>(step, kept, z, g, gl, put)       z: before the step, which is after its inverse; g: the gradient
+//                                                      of its output, then of its input; put(i, value): of parameter i
 // The arguments are packed by fastflow/ops/cuda/steps.py.
 #pragma once
 
@@ -46,6 +46,7 @@ struct StepsBackward {
   int64_t glogdet_stride;
   char* gradient;         // [teams of all, K, P], or [B, K, P]
   int64_t total, rounds;  // teams of all, and samples of each
+  char* states;           // [teams of all, K, D + 1]: before every step, and what is kept of it
 };
 
 // One step as a lane of a team sees it.
@@ -115,31 +116,44 @@ FF_D void steps_fwd(const StepsForward& a) {
 template <class Family, class X, bool inverse>
 FF_D void steps_bwd(const StepsBackward& a) {
   using T = Accumulator<X>;
-  FF_SHARED(double, shared);
+  FF_SHARED(T, shared);
   const Place place(a.in);
-  const int64_t width = a.in.width, count = a.in.count, teams = a.in.teams;
-  double* z = shared + place.in_block * width;  // then, of all teams, g and what is kept
-  T* g = reinterpret_cast<T*>(shared + teams * width) + place.in_block * width;
-  T* kept = reinterpret_cast<T*>(shared + teams * width) + teams * width + place.in_block * count;
+  if (int64_t(blockIdx.x) * a.in.teams + place.in_block / (32 / place.lanes) * (32 / place.lanes) >= a.total) return;
+  const int64_t width = a.in.width, count = a.in.count;
+  T *z = shared + 2 * place.in_block * width, *g = z + width;
+  const int64_t team = smaller(place.team, a.total - 1);  // the others of a warp go along and write nothing
+  T* states = reinterpret_cast<T*>(a.states) + team * count * (width + 1);
   for (int64_t round = 0; round < a.rounds; ++round) {
     const int64_t own = round * a.total + place.team;
-    const bool active = place.team < a.total && own < a.in.samples;
+    const bool exists = place.team < a.total, active = exists && own < a.in.samples;
     const int64_t b = active ? own : 0;
     for (int64_t d = place.lane; d < width; d += place.lanes) {
-      z[d] = double(read<X, T>(a.in.z, b, d));
+      z[d] = read<X, T>(a.in.z, b, d);
       g[d] = read<X, T>(a.gy, b, d);
     }
     double unused = 0;
-    for (int64_t i = 0; i < count; ++i)  // every lane of the team writes the same
-      kept[i] = Family::template apply<inverse>(step_of<T>(a.in, place, b, inverse ? count - 1 - i : i), z, unused);
+    for (int64_t i = 0; i < count; ++i) {
+      T* state = states + i * (width + 1);
+      if (exists)
+        for (int64_t d = place.lane; d < width; d += place.lanes) state[d] = z[d];
+      const T kept =
+          Family::template apply<inverse>(step_of<T>(a.in, place, b, inverse ? count - 1 - i : i), z, unused);
+      if (exists) state[width] = kept;  // every lane of the team the same, which it reads again itself
+    }
     const T gl = reinterpret_cast<const T*>(a.glogdet)[b * a.glogdet_stride];
     for (int64_t i = count - 1; i >= 0; --i) {
       const int64_t k = inverse ? count - 1 - i : i;
-      T* out = reinterpret_cast<T*>(a.gradient) + ((a.in.each ? b : place.team) * count + k) * a.in.size;
+      const T* state = states + i * (width + 1);
+      T* out = reinterpret_cast<T*>(a.gradient) + ((a.in.each ? b : team) * count + k) * a.in.size;
       const bool first = a.in.each || round == 0;
-      Family::template gradient<inverse>(step_of<T>(a.in, place, b, k), kept[i], z, g, gl, [&](int64_t at, T value) {
-        if (active) out[at] = first ? value : out[at] + value;
-      });
+      if (!inverse)
+        for (int64_t d = place.lane; d < width; d += place.lanes) z[d] = state[d];
+      Family::template gradient<inverse>(step_of<T>(a.in, place, b, k), state[width], z, g, gl,
+                                         [&](int64_t at, T value) {
+                                           if (active) out[at] = first ? value : out[at] + value;
+                                         });
+      if (inverse)
+        for (int64_t d = place.lane; d < width; d += place.lanes) z[d] = state[d];
     }
     if (active)
       for (int64_t d = place.lane; d < width; d += place.lanes) write<X, T>(a.gz, b, d, g[d]);

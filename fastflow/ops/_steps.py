@@ -43,7 +43,7 @@ def parameters_like(z: Tensor, each: bool, *parameters: Tensor) -> list[Tensor]:
     return [p.new_empty(p.shape, dtype=p.dtype if each else accumulator(z.dtype)) for p in parameters]
 
 
-# --- for the GPU backends: constraints and packing are PyTorch's, the kernels see rows ready for use -------------------
+# --- for the GPU backends: constraints and packing are PyTorch's, the kernels see rows ready for use ----------------
 
 
 def pack(prepare: Prepare, z: Tensor, given: Sequence[Any]) -> Tensor:

@@ -52,9 +52,7 @@ def rows(u: Tensor, w: Tensor, b: Tensor) -> Tensor:
 # --- contract ---------------------------------------------------------------------------------------
 
 
-@op(
-    "planar_fwd(Tensor z, Tensor u, Tensor w, Tensor b, Tensor? running, bool inverse) -> (Tensor, Tensor)"
-)
+@op("planar_fwd(Tensor z, Tensor u, Tensor w, Tensor b, Tensor? running, bool inverse) -> (Tensor, Tensor)")
 def _forward(kernel, z, u, w, b, running, inverse):
     y = torch.empty_like(z)
     logdet = z.new_empty(z.shape[:1], dtype=accumulator(z.dtype))

@@ -47,7 +47,7 @@ _ONE = [(s,) for s in _BYTES]
 _TWO = [*((s, s) for s in _BYTES), ("float", "BFloat16"), ("float", "Half")]
 _THREE = [(s, t, t) for s, t in _TWO]  # of the parameters a second set is a tensor of its own
 _ACCUMULATORS = [("float",), ("double",)]
-_BOTH_WAYS = [(*s, inverse) for s in _ONE for inverse in ("0", "1")]
+_BOTH_WAYS = [(*s, inverse) for s in _ONE for inverse in ("false", "true")]
 
 
 def _each(file: str, kernels: dict[str, str], types: Iterable[tuple[str, ...]]) -> list[Instance]:

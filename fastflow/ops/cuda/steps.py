@@ -16,8 +16,8 @@ __all__ = ["kernels"]
 
 THREADS = 256  # of a block; fewer where shared memory is short
 SHARED = 48 * 1024
-TEAMS = 2048  # of which each has sums of shared parameters' gradients, as many as memory is given for below
-PARTS = 2**22  # elements of all their sums
+TEAMS = 8192  # of a backward launch: each has memory for the states of a sample and for sums of gradients
+SCRATCH = 2**22  # elements of all that memory
 
 
 def _teams(width: int, shared: Callable[[int], int]) -> tuple[int, int, int]:
@@ -49,7 +49,7 @@ def kernels(family: str, prepare: Prepare) -> dict[str, Callable[..., None]]:
         fields = [*_steps(z, parameters, each, lanes, teams), *_rows(3, y)]
         fields += [NULL if running is None else Address(2), Address(4)]
         fields += [0 if running is None else running.stride(0), logdet.stride(0)]
-        types = (C_TYPES[z.dtype], str(int(inverse)))
+        types = (C_TYPES[z.dtype], str(inverse).lower())
         instance = Instance(family, f"{family}_fwd", "StepsForward", types, threads)
         return Plan([Launch(instance, -(-z.shape[0] // teams), fields, shared(teams))])
 
@@ -58,23 +58,23 @@ def kernels(family: str, prepare: Prepare) -> dict[str, Callable[..., None]]:
         samples, width = z.shape
         steps, size = parameters.shape[-2:]
         item = parameters.element_size()
-        shared = lambda teams: teams * (width * 8 + (width + steps) * item)  # noqa: E731
+        shared = lambda teams: teams * 2 * width * item  # noqa: E731
         lanes, teams, threads = _teams(width, shared)
-        total, columns = samples, steps * size
-        if not each:
-            total = max(1, min(samples, TEAMS, PARTS // max(1, columns)))
-        parts = Address(5) if each else Address(0, 0, scratch=True)
+        columns, states = steps * size, steps * (width + 1)
+        total = max(1, min(samples, TEAMS, SCRATCH // max(1, states + (0 if each else columns))))
+        dtype = accumulator(z.dtype)
+        scratch = [(total * states, dtype), *([] if each else [(total * columns, dtype)])]
+        sums = Address(5) if each else Address(1, 0, scratch=True)
         fields = [*_steps(z, parameters, each, lanes, teams), *_rows(2, gy), *_rows(4, gz)]
-        fields += [Address(3), glogdet.stride(0), parts, total, -(-samples // total) if samples else 0]
-        types = (C_TYPES[z.dtype], str(int(inverse)))
+        fields += [Address(3), glogdet.stride(0), sums, total, -(-samples // total), Address(0, 0, scratch=True)]
+        types = (C_TYPES[z.dtype], str(inverse).lower())
         instance = Instance(family, f"{family}_bwd", "StepsBackward", types, threads)
         launches = [Launch(instance, -(-total // teams) if samples else 0, fields, shared(teams))]
-        if each:
-            return Plan(launches)
-        finish = Instance(family, f"{family}_finish", "StepsFinish", (accumulates(z),))
-        fields = [parts, Address(5), total if samples else 0, columns]
-        launches.append(Launch(finish, -(-columns // 256), fields))
-        return Plan(launches, [(total * columns, accumulator(z.dtype))])
+        if not each:
+            finish = Instance(family, f"{family}_finish", "StepsFinish", (accumulates(z),))
+            fields = [sums, Address(5), total if samples else 0, columns]
+            launches.append(Launch(finish, -(-columns // 256), fields))
+        return Plan(launches, scratch)
 
     def fwd(z, *rest):
         *given, running, y, logdet, each, inverse = rest
