@@ -20,7 +20,7 @@ import torch
 if __name__ != "__main__":
     pytest.importorskip("triton")
 
-FAMILIES = ("coupling", "actnorm", "conv1x1", "gaussian", "trace")
+FAMILIES = ("coupling", "actnorm", "conv1x1", "gaussian", "planar", "radial", "trace")
 # Ragged sizes in float32 only, for the interpreter is slow: other dtypes differ in how they are loaded, stored and
 # rounded, and float64 in its scalar functions, which the tiny sizes show in every layout.
 TINY = ("tiny forward", "tiny gradient")
@@ -35,6 +35,7 @@ FEW = ("logdet", "gradcheck")
 QUICK = (
     *("coupling-sigmoid2-forward", "coupling-index-vector", "actnorm-image-inverse", "conv1x1-image-bias"),
     *("conv1x1-weights-lu-actnorm-inverse", "gaussian-kl-softplus", "trace-concat_squash-silu-1-wide"),
+    *("planar-shared-inverse", "radial-each-forward"),
 )
 BENCH = ("coupling-sigmoid2-forward", "gaussian-log_prob-exp", "actnorm-image-forward", "conv1x1-image-bias")
 
@@ -250,6 +251,8 @@ AHEAD = {
     "actnorm": ("image-forward", "vector-inverse"),
     "conv1x1": ("image-bias", "vector-bias", "weights-lu-actnorm", "weights-lu-actnorm-inverse"),
     "gaussian": ("log_prob-softplus", "standard", "sample-glow", "kl-softplus"),
+    "planar": ("shared-forward", "shared-inverse", "each-forward"),
+    "radial": ("shared-forward", "shared-inverse", "each-inverse"),
     "trace": ("concat-tanh-3-wide", "concat_squash-silu-1-wide", "concat-tanh-3-wide-signs"),
 }
 WIDE = ("coupling-sigmoid2-forward", "gaussian-log_prob-softplus", "gaussian-sample-glow", "gaussian-kl-softplus",
