@@ -79,6 +79,10 @@ def test_samples_in_parts():
     run("parts")
 
 
+def test_flows_of_steps_in_rounds():
+    run("rounds")
+
+
 def test_index_out_of_range():
     run("index")
 
@@ -192,6 +196,32 @@ def _large(*shape: int) -> None:
     for name, call in calls.items():
         for ours, theirs in zip(call(backend="triton"), call(backend="reference"), strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12, msg=f"{name} {shape}")
+
+
+def rounds() -> None:
+    """Programs that take several tiles of samples through the steps of a flow."""
+    from fastflow import ops
+    from fastflow.ops.triton import steps
+
+    _untested()
+    steps.PROGRAMS, steps.TILE = 2, 32
+    torch.manual_seed(0)
+    z, u, w, b = (torch.randn(s, dtype=torch.float64) for s in ((43, 3), (4, 3), (4, 3), (4,)))
+    own = [torch.randn(43, *p.shape, dtype=torch.float64) for p in (u, w, b)]
+    calls = {
+        "planar": (ops.planar, (u, w, b)),
+        "radial": (ops.radial, (u, b.abs() + 0.5, b)),
+        "planar, each": (ops.planar, own),
+    }
+    for name, (op, given) in calls.items():
+        for inverse in (False, True):
+            found = []
+            for backend in ("triton", "reference"):
+                leaves = [t.clone().requires_grad_() for t in (z, *given)]
+                y, logdet = op(*leaves, inverse=inverse, backend=backend)
+                found.append((y, logdet, *torch.autograd.grad((y * y).sum() + logdet.sum(), leaves)))
+            for ours, theirs in zip(*found, strict=True):
+                torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9, msg=f"{name} inverse={inverse}")
 
 
 def index() -> None:
@@ -324,5 +354,5 @@ def ahead(arch: str, family: str) -> None:
 
 
 if __name__ == "__main__":
-    programs = {f.__name__.rstrip("_"): f for f in (table, parts, index, compile, remember, import_, ahead)}
+    programs = {f.__name__.rstrip("_"): f for f in (table, parts, rounds, index, compile, remember, import_, ahead)}
     programs[sys.argv[1]](*sys.argv[2:])
