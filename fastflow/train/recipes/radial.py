@@ -10,7 +10,7 @@ RECIPES = {
     "moons": Recipe(
         "Radial",
         lambda data: {"features": data.shape[0], **_CONFIG},
-        TrainConfig(steps=2000, batch_size=512, lr=1e-2, cooldown=0.9, clip=None, ema=0.0, eval_every=250),
+        TrainConfig(steps=3000, batch_size=512, lr=5e-3, warmup=50, cooldown=0.5, clip=5.0, ema=0.99, eval_every=500),
     ),
 }
 
