@@ -19,6 +19,8 @@
 
 namespace fastflow {
 
+static_assert(kThreads % 32 == 0, "a team lies within a warp");
+
 struct Rows {
   char* data;
   int64_t sample, variable;  // strides; no data stands for zeros
