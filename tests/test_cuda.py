@@ -122,6 +122,19 @@ def test_a_new_seed_needs_no_new_plan():
     assert len(plans) == 1
 
 
+def test_teams_with_several_samples(monkeypatch):
+    """Each has the states of one sample at a time, and sums over its own."""
+    from fastflow.ops.cuda import steps
+
+    monkeypatch.setattr(steps, "TEAMS", 5)
+    z, u, w, b = torch.randn(23, 3), torch.randn(4, 3), torch.randn(4, 3), torch.randn(4)
+    for inverse in (False, True):
+        both(lambda z, u, w, b, backend: ops.planar(z, u, w, b, inverse=inverse, backend=backend), z, u, w, b)  # noqa: B023
+        both(lambda z, c, a, b, backend: ops.radial(z, c, a, b, inverse=inverse, backend=backend), z, u, b + 4, b)  # noqa: B023
+    own = [torch.randn(23, *p.shape) for p in (u, w, b)]
+    both(lambda z, u, w, b, backend: ops.planar(z, u, w, b, backend=backend), z, *own)
+
+
 def test_wrong_index_reaches_nothing():
     """The device cannot raise: a channel that does not exist is left alone and shows as NaN."""
     x, h = torch.randn(2, 4, 3, 3), torch.randn(2, 4, 3, 3)

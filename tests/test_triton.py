@@ -20,7 +20,7 @@ import torch
 if __name__ != "__main__":
     pytest.importorskip("triton")
 
-FAMILIES = ("coupling", "actnorm", "conv1x1", "gaussian", "trace", "wavenet")
+FAMILIES = ("coupling", "actnorm", "conv1x1", "gaussian", "trace", "wavenet", "planar", "radial")
 # Ragged sizes in float32 only, for the interpreter is slow: other dtypes differ in how they are loaded, stored and
 # rounded, and float64 in its scalar functions, which the tiny sizes show in every layout.
 TINY = ("tiny forward", "tiny gradient")
@@ -36,6 +36,7 @@ UNDIFFERENTIATED = ("wavenet-generation",)  # what it has of gradients is that o
 QUICK = (
     *("coupling-sigmoid2-forward", "coupling-index-vector", "actnorm-image-inverse", "conv1x1-image-bias"),
     *("conv1x1-weights-lu-actnorm-inverse", "gaussian-kl-softplus", "trace-concat_squash-silu-1-wide"),
+    *("planar-shared-inverse", "radial-each-forward"),
 )
 BENCH = ("coupling-sigmoid2-forward", "gaussian-log_prob-exp", "actnorm-image-forward", "conv1x1-image-bias")
 
@@ -77,6 +78,10 @@ def test_deterministic():
 
 def test_samples_in_parts():
     run("parts")
+
+
+def test_flows_of_steps_in_rounds():
+    run("rounds")
 
 
 def test_index_out_of_range():
@@ -194,6 +199,32 @@ def _large(*shape: int) -> None:
             torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12, msg=f"{name} {shape}")
 
 
+def rounds() -> None:
+    """Programs that take several tiles of samples through the steps of a flow."""
+    from fastflow import ops
+    from fastflow.ops.triton import steps
+
+    _untested()
+    steps.PROGRAMS, steps.TILE = 2, 32
+    torch.manual_seed(0)
+    z, u, w, b = (torch.randn(s, dtype=torch.float64) for s in ((43, 3), (4, 3), (4, 3), (4,)))
+    own = [torch.randn(43, *p.shape, dtype=torch.float64) for p in (u, w, b)]
+    calls = {
+        "planar": (ops.planar, (u, w, b)),
+        "radial": (ops.radial, (u, b.abs() + 0.5, b)),
+        "planar, each": (ops.planar, own),
+    }
+    for name, (op, given) in calls.items():
+        for inverse in (False, True):
+            found = []
+            for backend in ("triton", "reference"):
+                leaves = [t.clone().requires_grad_() for t in (z, *given)]
+                y, logdet = op(*leaves, inverse=inverse, backend=backend)
+                found.append((y, logdet, *torch.autograd.grad((y * y).sum() + logdet.sum(), leaves)))
+            for ours, theirs in zip(*found, strict=True):
+                torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9, msg=f"{name} inverse={inverse}")
+
+
 def index() -> None:
     """A channel that is not there is neither read nor written; the log-determinant says so."""
     from fastflow.ops.coupling import Options
@@ -251,6 +282,8 @@ AHEAD = {
     "actnorm": ("image-forward", "vector-inverse"),
     "conv1x1": ("image-bias", "vector-bias", "weights-lu-actnorm", "weights-lu-actnorm-inverse"),
     "gaussian": ("log_prob-softplus", "standard", "sample-glow", "kl-softplus"),
+    "planar": ("shared-forward", "shared-inverse", "each-forward"),
+    "radial": ("shared-forward", "shared-inverse", "each-inverse"),
     "trace": ("concat-tanh-3-wide", "concat_squash-silu-1-wide", "concat-tanh-3-wide-signs"),
     "wavenet": ("plain", "generation"),
 }
@@ -326,5 +359,5 @@ def ahead(arch: str, family: str) -> None:
 
 
 if __name__ == "__main__":
-    programs = {f.__name__.rstrip("_"): f for f in (table, parts, index, compile, remember, import_, ahead)}
+    programs = {f.__name__.rstrip("_"): f for f in (table, parts, rounds, index, compile, remember, import_, ahead)}
     programs[sys.argv[1]](*sys.argv[2:])

@@ -12,6 +12,8 @@ from fastflow.nn.flow import Flow
 from fastflow.nn.logit import Logit
 from fastflow.nn.mlp_coupling import CouplingStack, MLPCoupling
 from fastflow.nn.permutation import Permutation
+from fastflow.nn.planar import Planar
+from fastflow.nn.radial import Radial
 from fastflow.nn.reshape import Squeeze
 from fastflow.nn.scaling import Scaling
 from fastflow.nn.split_prior import SplitPrior
@@ -35,6 +37,8 @@ __all__ = [
     "NonFiniteError",
     "Permutation",
     "Scaling",
+    "Planar",
+    "Radial",
     "Sequential",
     "SplitPrior",
     "Squeeze",

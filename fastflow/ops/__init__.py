@@ -9,6 +9,8 @@ from fastflow.ops.gaussian import gaussian_log_prob, gaussian_sample
 from fastflow.ops.gaussian_kl import gaussian_kl
 from fastflow.ops.mlp_coupling import mlp_coupling
 from fastflow.ops.mlp_stack import ActNormStep, CouplingStep, MLPStack, PermutationStep
+from fastflow.ops.planar import planar
+from fastflow.ops.radial import radial
 from fastflow.ops.scale_map import ScaleMap, scale_map
 from fastflow.ops.trace import Rademacher, TraceEstimate, bottleneck_trace, exact_trace, hutchinson, probes
 from fastflow.ops.trace_mlp import mlp_trace
@@ -39,7 +41,9 @@ __all__ = [
     "lu_weights",
     "mlp_coupling",
     "mlp_trace",
+    "planar",
     "probes",
+    "radial",
     "scale_map",
     "use_backend",
     "wavenet_feed",

@@ -11,6 +11,7 @@ from fastflow.testing import (
     coupling,
     gaussian,
     mlp_coupling,
+    planar,
     trace,
     wavenet,
 )
@@ -27,6 +28,7 @@ _FAMILIES = (
     trace,
     mlp_coupling,
     wavenet,
+    planar,
 )
 
 CASES: tuple[Case, ...] = tuple(case for family in _FAMILIES for case in family.cases())

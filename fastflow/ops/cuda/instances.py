@@ -47,6 +47,7 @@ _ONE = [(s,) for s in _BYTES]
 _TWO = [*((s, s) for s in _BYTES), ("float", "BFloat16"), ("float", "Half")]
 _THREE = [(s, t, t) for s, t in _TWO]  # of the parameters a second set is a tensor of its own
 _ACCUMULATORS = [("float",), ("double",)]
+_BOTH_WAYS = [(*s, inverse) for s in _ONE for inverse in ("false", "true")]
 
 
 def _each(file: str, kernels: dict[str, str], types: Iterable[tuple[str, ...]]) -> list[Instance]:
@@ -87,6 +88,10 @@ USUAL = [
     *_each("conv1x1_weights", {"lu_weights_fwd": "Factors", "lu_weights_bwd": "Factors"}, _ONE),
     *_steps("gaussian", _GAUSSIAN, _THREE),
     *_steps("gaussian", {"gaussian_kl_fwd": "KlForward", "gaussian_kl_bwd": "KlBackward"}, _TWO),
+    *_each("planar", {"planar_fwd": "StepsForward", "planar_bwd": "StepsBackward"}, _BOTH_WAYS),
+    *_each("planar", {"planar_finish": "StepsFinish"}, _ACCUMULATORS),
+    *_each("radial", {"radial_fwd": "StepsForward", "radial_bwd": "StepsBackward"}, _BOTH_WAYS),
+    *_each("radial", {"radial_finish": "StepsFinish"}, _ACCUMULATORS),
     *_each("trace", {"trace_rows": "Rows", "trace_contract": "Contract"}, _ACCUMULATORS),
     *_steps("trace", {"trace_activation_fwd": "Dual", "trace_activation_bwd": "DualBackward"}, _ACCUMULATORS),
     *_each("wavenet", {"wavenet_gate_fwd": "GateRows", "wavenet_gate_bwd": "GateRows"}, _ACCUMULATORS),

@@ -31,6 +31,8 @@ _FAMILIES = {
         *("gaussian_log_prob_fwd", "gaussian_log_prob_bwd"),
         *("gaussian_sample_fwd", "gaussian_sample_bwd", "gaussian_kl_fwd", "gaussian_kl_bwd"),
     ),
+    "planar": ("planar_fwd", "planar_bwd"),
+    "radial": ("radial_fwd", "radial_bwd"),
     "trace": ("trace_rows", "trace_rows_bwd", "trace_contract", "trace_layer_fwd", "trace_layer_bwd"),
     "wavenet": ("wavenet_gate_fwd", "wavenet_gate_bwd", "wavenet_generate"),
 }
