@@ -1,5 +1,7 @@
 """Published models, one file per paper."""
 
+from fastflow.models.flow_vae import FlowVAE
 from fastflow.models.glow import Glow
+from fastflow.models.iaf_vae import IAFVAE
 
-__all__ = ["Glow"]
+__all__ = ["IAFVAE", "FlowVAE", "Glow"]

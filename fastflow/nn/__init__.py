@@ -8,6 +8,8 @@ from fastflow.nn.coupling import AdditiveCoupling, AffineCoupling
 from fastflow.nn.debugging import NonFiniteError, debug
 from fastflow.nn.diagnostics import InverseError, inverse_error
 from fastflow.nn.flow import Flow
+from fastflow.nn.likelihood import Bernoulli, Categorical, DiscretizedLogistic, Likelihood
+from fastflow.nn.masked_conv import ConvAutoregressive, MaskedConv2d, WeightNormConv2d
 from fastflow.nn.permutation import Permutation
 from fastflow.nn.reshape import Squeeze
 from fastflow.nn.split_prior import SplitPrior
@@ -17,18 +19,25 @@ __all__ = [
     "AdditiveCoupling",
     "AffineCoupling",
     "Base",
+    "Bernoulli",
     "Bijection",
+    "Categorical",
+    "ConvAutoregressive",
     "DiagonalGaussian",
+    "DiscretizedLogistic",
     "Flow",
     "Inverse",
     "InverseError",
     "InvertibleConv1x1",
+    "Likelihood",
+    "MaskedConv2d",
     "NonFiniteError",
     "Permutation",
     "Sequential",
     "SplitPrior",
     "Squeeze",
     "StandardNormal",
+    "WeightNormConv2d",
     "Weights",
     "debug",
     "inverse_error",
