@@ -103,12 +103,16 @@ class Uniform(nn.Module):
         return x.new_zeros(len(x))
 
 
+def tiny_config(data):
+    return {"image_shape": data.shape, "hidden": 16}
+
+
 def mount_tiny():
     """Makes the stand-in a model of the command line."""
     import fastflow.models
 
     fastflow.models.Tiny = Tiny
-    RECIPES["tiny"] = {"digits": Recipe("Tiny", {"hidden": 16}, TrainConfig(epochs=2, lr=3e-3))}
+    RECIPES["tiny"] = {"digits": Recipe("Tiny", tiny_config, TrainConfig(epochs=2, lr=3e-3))}
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -276,7 +280,7 @@ def test_bad_folders(tmp_path):
     with pytest.raises(FileNotFoundError, match="found none"):
         load_data("images", tmp_path)
     save_png(tmp_path / "a.png", random_images(4, 4))
-    with pytest.raises(ValueError, match="at least 2 images"):
+    with pytest.raises(ValueError, match="at least 2 samples"):
         load_data("images", tmp_path)
     save_png(tmp_path / "b.png", random_images(4, 6))
     with pytest.raises(ValueError, match=r"b.png: expected 4x4 like a.png, got 6x4; give a size"):
@@ -650,7 +654,7 @@ def test_two_ranks_repeat_one_process(tmp_path, tiny):
 
 def no_dropout():
     # each rank draws its own dropout masks, so only a model without them is comparable
-    return Recipe("Tiny", {"hidden": 16, "dropout": 0.0}, TrainConfig(lr=1e-3, warmup=5))
+    return Recipe("Tiny", lambda data: {**tiny_config(data), "dropout": 0.0}, TrainConfig(lr=1e-3, warmup=5))
 
 
 def test_importing_needs_no_optional_package():
@@ -749,11 +753,13 @@ def test_glow_on_64_digits(tmp_path, digits):
 
 
 def test_levels_fit_the_image():
-    recipe = Recipe("Glow", {"levels": 3})
-    assert recipes.model_config(recipe, (1, 28, 28))["levels"] == 2
-    assert recipes.model_config(recipe, (3, 64, 32))["levels"] == 3
+    def levels(*shape):
+        images = torch.zeros(1, *shape, dtype=torch.uint8)
+        return recipes.glow.config(Images("x", images, images, 256), levels=3, steps=1, hidden=1)["levels"]
+
+    assert levels(1, 28, 28) == 2 and levels(3, 64, 32) == 3
     with pytest.raises(ValueError, match="even height and width, got 9x8"):
-        recipes.model_config(recipe, (3, 9, 8))
+        levels(3, 9, 8)
 
 
 if __name__ == "__main__":
