@@ -1,6 +1,6 @@
 // Orthonormal columns by a fixed number of Bjorck's iterations, Q <- Q (I + (I - Q^T Q) / 2) from Q0 / |Q0|, on the
-// Gram matrix: with G = Q^T Q and T = (3 I - G) / 2 an iteration is P <- T P, G <- T G T, all [M, M], and Q = Q0 P at the
-// end. In double: the Gram matrix has the squared condition number. What it lost is got back by the last kPolish
+// Gram matrix: with G = Q^T Q and T = (3 I - G) / 2 an iteration is P <- T P, G <- T G T, all [M, M], and Q = Q0 P at
+// the end. In double: the Gram matrix has the squared condition number. What it lost is got back by the last kPolish
 // iterations, which start from Q itself, orthonormal to a few roundings by then; they also see what really came out.
 // Q is kept as the rows of its transpose.
 #pragma once
@@ -74,8 +74,8 @@ class Bjorck {
       // everything but gp is symmetric; G T = 3 T - 2 T^2
       square(t, t, h_.data());
       for (int64_t i = 0; i < size_; ++i) h_[i] = 3 * t[i] - 2 * h_[i];
-      square(gg, h_.data(), t_.data());           // of T in T G T: this and its transpose
-      square(gp, p, h_.data());                   // of T in T P
+      square(gg, h_.data(), t_.data());  // of T in T G T: this and its transpose
+      square(gp, p, h_.data());          // of T in T P
       for (int64_t i = 0; i < size_; ++i) h_[i] = 0.5 * h_[i] + t_[i];
       square(gg, t, t_.data());
       square(t, t_.data(), gg);
@@ -109,8 +109,12 @@ template <class T>
 class Orthonormal {
  public:
   Orthonormal(int64_t m, int64_t d, int64_t iterations)
-      : m_(m), d_(d), scaled_(iterations > 0), first_(m, d, std::max<int64_t>(0, iterations - kPolish)),
-        second_(m, d, std::min<int64_t>(iterations, kPolish)), out_(m * first_.wide()) {}
+      : m_(m),
+        d_(d),
+        scaled_(iterations > 0),
+        first_(m, d, std::max<int64_t>(0, iterations - kPolish)),
+        second_(m, d, std::min<int64_t>(iterations, kPolish)),
+        out_(m * first_.wide()) {}
 
   // rows [M, D] of columns -> rows [M, row] of orthonormal columns; returns |Q^T Q - I|
   double forward(const T* from, T* to, int64_t row) {

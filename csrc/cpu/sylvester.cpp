@@ -1,5 +1,5 @@
-// Sylvester flows on the CPU: K steps z' = z + Q R1 tanh(R2 Q^T z + b) of one sample after the other, its state and what
-// a step leaves for its gradient in L1. R1 and R2 are read where they lie: two triangles of one matrix. Saved for
+// Sylvester flows on the CPU: K steps z' = z + Q R1 tanh(R2 Q^T z + b) of one sample after the other, its state and
+// what a step leaves for its gradient in L1. R1 and R2 are read where they lie: two triangles of one matrix. Saved for
 // backward: the inputs (of the inverse its output); the steps are computed again from there. Bound by reading the
 // matrices and writing their gradients where M is large, by latency and Bjorck's iterations where it is small.
 #include "../sylvester.h"
@@ -28,13 +28,20 @@ struct Problem {
   int64_t iterations, samples, d, steps, m, vectors;
 
   Problem(const View& z, const Tensors& t, int variant, int64_t n)
-      : in(t), kind(Basis(variant)), iterations(n), samples(z.size[0]), d(z.size[1]), steps(t.bias.size[1]),
-        m(t.bias.size[2]), vectors(t.basis && d > 0 ? t.basis.size[2] / d : 0) {
+      : in(t),
+        kind(Basis(variant)),
+        iterations(n),
+        samples(z.size[0]),
+        d(z.size[1]),
+        steps(t.bias.size[1]),
+        m(t.bias.size[2]),
+        vectors(t.basis && d > 0 ? t.basis.size[2] / d : 0) {
     const auto is = [&](const View& v, int64_t size) {
       return v && v.size[0] == samples && v.size[1] == steps && v.size[2] == size;
     };
     const bool triangular = kind == Basis::triangular;
-    const bool basis_fits = triangular ? !in.basis : is(in.basis, vectors * d) && (kind != Basis::orthogonal || vectors == m);
+    const bool basis_fits =
+        triangular ? !in.basis : is(in.basis, vectors * d) && (kind != Basis::orthogonal || vectors == m);
     const bool columns_fit = kind == Basis::orthogonal ? m <= d : m == d;
     if (!is(in.full, m * m) || !is(in.diag1, m) || !is(in.diag2, m) || !is(in.bias, m) || !basis_fits || !columns_fit)
       throw std::invalid_argument("the parameters of a Sylvester flow do not go together");
@@ -63,9 +70,16 @@ template <class T>
 class Flow {
  public:
   Flow(const Problem& p, int64_t recorded)
-      : p_(p), m_(p.m), row_(m_ % Lanes<T>::n ? padded(m_) : m_), record_(recorded, p.d, p.m),
-        columns_(p.kind, p.d, p.m, p.vectors, p.iterations), full_(m_ * row_), gfull_(m_ * row_), z_(padded(p.d)),
-        g_(padded(p.d)), gqu_(padded(p.d)) {
+      : p_(p),
+        m_(p.m),
+        row_(m_ % Lanes<T>::n ? padded(m_) : m_),
+        record_(recorded, p.d, p.m),
+        columns_(p.kind, p.d, p.m, p.vectors, p.iterations),
+        full_(m_ * row_),
+        gfull_(m_ * row_),
+        z_(padded(p.d)),
+        g_(padded(p.d)),
+        gqu_(padded(p.d)) {
     for (auto* v : {&r1_, &r2_, &product_slope_, &turn1_, &turn2_, &bias_, &a_, &gy_, &gu_, &ga_, &work_})
       v->resize(padded(m_));
   }
@@ -74,8 +88,7 @@ class Flow {
   double run(const View& x, int64_t b, bool inverse, const View& out) {
     start(x, b, z_);
     double logdet = 0;
-    for (int64_t i = 0; i < p_.steps; ++i)
-      logdet += inverse ? -step_back(b, p_.steps - 1 - i) : step(b, i, 0);
+    for (int64_t i = 0; i < p_.steps; ++i) logdet += inverse ? -step_back(b, p_.steps - 1 - i) : step(b, i, 0);
     const Block<T> to = block<T>(out, b);
     std::copy_n(z_.data(), p_.d, to.target(z_.data(), p_.d));
     to.commit(z_.data(), p_.d);
@@ -83,7 +96,8 @@ class Flow {
   }
 
   // From the gradients of a direction's results; x is what the steps start from, of the inverse its output.
-  void backward(const View& x, const View& gout, T glogdet, int64_t b, bool inverse, const View& gx, const Tensors& to) {
+  void backward(const View& x, const View& gout, T glogdet, int64_t b, bool inverse, const View& gx,
+                const Tensors& to) {
     start(x, b, z_);
     start(gout, b, g_);
     for (int64_t k = 0; k < p_.steps; ++k) {

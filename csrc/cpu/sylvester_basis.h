@@ -61,8 +61,17 @@ template <class T>
 class Columns {
  public:
   Columns(Basis kind, int64_t d, int64_t m, int64_t vectors, int64_t iterations)
-      : kind_(kind), d_(d), m_(m), count_(vectors), row_(padded(d)), rows_(vectors * row_), raw_(vectors * d),
-        grads_(vectors * row_), inputs_(vectors * row_), g_(row_), factor_(vectors),
+      : kind_(kind),
+        d_(d),
+        m_(m),
+        count_(vectors),
+        row_(padded(d)),
+        rows_(vectors * row_),
+        raw_(vectors * d),
+        grads_(vectors * row_),
+        inputs_(vectors * row_),
+        g_(row_),
+        factor_(vectors),
         orthonormal_(kind == Basis::orthogonal ? m : 0, d, iterations) {}
 
   // makes them those of step k of sample b; |Q^T Q - I|

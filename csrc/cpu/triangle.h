@@ -113,8 +113,7 @@ void add_lower_transposed(const T* F, int64_t row, int64_t n, const T* w, T* out
 template <class T>
 void add_transposed(const T* F, int64_t row, int64_t rows, int64_t n, const T* w, T* out) {
   using L = Lanes<T>;
-  for (int64_t c = 0; c < n; c += L::n)
-    L::store(out + c, L::load(out + c) + columns_dot(F + c, row, 0, rows, w));
+  for (int64_t c = 0; c < n; c += L::n) L::store(out + c, L::load(out + c) + columns_dot(F + c, row, 0, rows, w));
 }
 
 // out[i] = sum over j of F[i, j] w[j], a whole matrix [rows, n]

@@ -11,6 +11,7 @@ from fastflow.nn.flow import Flow
 from fastflow.nn.permutation import Permutation
 from fastflow.nn.reshape import Squeeze
 from fastflow.nn.split_prior import SplitPrior
+from fastflow.nn.sylvester import Sylvester, SylvesterParameters
 
 __all__ = [
     "ActNorm",
@@ -29,6 +30,8 @@ __all__ = [
     "SplitPrior",
     "Squeeze",
     "StandardNormal",
+    "Sylvester",
+    "SylvesterParameters",
     "Weights",
     "debug",
     "inverse_error",

@@ -307,8 +307,7 @@ def _require_orthonormal(logdet: Tensor, basis: Tensor, iterations: int) -> None
         if wrong.any():
             b, k = wrong.nonzero()[0].tolist()
             raise ValueError(
-                f"q: expected linearly independent columns that {iterations} iterations make orthonormal, got "
-                f"‖QᵀQ - I‖ = {found[b, k]:.2g} in sample {b}, step {k}, after them, and in "
-                f"{int(wrong.sum()) - 1} other places: the columns are (almost) linearly dependent, or more "
-                "iterations are needed"
+                f"q: expected linearly independent columns, which {iterations} iterations make orthonormal, got "
+                f"‖QᵀQ - I‖ = {found[b, k]:.2g} after them for sample {b}, step {k}, and as bad for "
+                f"{int(wrong.sum())} of {wrong.numel()} matrices in all"
             )
