@@ -13,6 +13,7 @@ from fastflow.nn.masked_conv import ConvAutoregressive, MaskedConv2d, WeightNorm
 from fastflow.nn.permutation import Permutation
 from fastflow.nn.reshape import Squeeze
 from fastflow.nn.split_prior import SplitPrior
+from fastflow.nn.sylvester import Sylvester, SylvesterParameters
 
 __all__ = [
     "ActNorm",
@@ -37,6 +38,8 @@ __all__ = [
     "SplitPrior",
     "Squeeze",
     "StandardNormal",
+    "Sylvester",
+    "SylvesterParameters",
     "WeightNormConv2d",
     "Weights",
     "debug",

@@ -7,7 +7,9 @@ from fastflow.ops.conv1x1_weights import dense_weights, lu_weights
 from fastflow.ops.coupling import additive_coupling, affine_coupling
 from fastflow.ops.gaussian import gaussian_log_prob, gaussian_sample
 from fastflow.ops.gaussian_kl import gaussian_kl
+from fastflow.ops.orthonormal import orthogonality, orthonormal
 from fastflow.ops.scale_map import ScaleMap, scale_map
+from fastflow.ops.sylvester import sylvester
 from fastflow.ops.trace import Rademacher, TraceEstimate, bottleneck_trace, exact_trace, hutchinson, probes
 from fastflow.ops.trace_mlp import mlp_trace
 
@@ -29,7 +31,10 @@ __all__ = [
     "hutchinson",
     "lu_weights",
     "mlp_trace",
+    "orthogonality",
+    "orthonormal",
     "probes",
     "scale_map",
+    "sylvester",
     "use_backend",
 ]
