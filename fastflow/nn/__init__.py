@@ -8,6 +8,8 @@ from fastflow.nn.coupling import AdditiveCoupling, AffineCoupling
 from fastflow.nn.debugging import NonFiniteError, debug
 from fastflow.nn.diagnostics import InverseError, inverse_error
 from fastflow.nn.flow import Flow
+from fastflow.nn.made import MADE, MaskedLinear
+from fastflow.nn.masked_affine import MaskedAffine
 from fastflow.nn.permutation import Permutation
 from fastflow.nn.reshape import Squeeze
 from fastflow.nn.split_prior import SplitPrior
@@ -23,6 +25,9 @@ __all__ = [
     "Inverse",
     "InverseError",
     "InvertibleConv1x1",
+    "MADE",
+    "MaskedAffine",
+    "MaskedLinear",
     "NonFiniteError",
     "Permutation",
     "Sequential",
