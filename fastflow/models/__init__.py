@@ -5,3 +5,6 @@ from fastflow.models.glow import Glow
 from fastflow.models.iaf_vae import IAFVAE
 
 __all__ = ["IAFVAE", "FlowVAE", "Glow"]
+from fastflow.models.iaf import IAF, IAFlow
+
+__all__ = ["IAF", "Glow", "IAFlow"]

@@ -9,6 +9,8 @@ from fastflow.nn.debugging import NonFiniteError, debug
 from fastflow.nn.diagnostics import InverseError, inverse_error
 from fastflow.nn.flow import Flow
 from fastflow.nn.likelihood import Bernoulli, Categorical, DiscretizedLogistic, Likelihood
+from fastflow.nn.made import MADE, MaskedLinear
+from fastflow.nn.masked_affine import MaskedAffine
 from fastflow.nn.masked_conv import ConvAutoregressive, MaskedConv2d, WeightNormConv2d
 from fastflow.nn.permutation import Permutation
 from fastflow.nn.reshape import Squeeze
@@ -16,6 +18,7 @@ from fastflow.nn.split_prior import SplitPrior
 from fastflow.nn.sylvester import Sylvester, SylvesterParameters
 
 __all__ = [
+    "MADE",
     "ActNorm",
     "AdditiveCoupling",
     "AffineCoupling",
@@ -31,7 +34,9 @@ __all__ = [
     "InverseError",
     "InvertibleConv1x1",
     "Likelihood",
+    "MaskedAffine",
     "MaskedConv2d",
+    "MaskedLinear",
     "NonFiniteError",
     "Permutation",
     "Sequential",

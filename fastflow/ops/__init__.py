@@ -2,11 +2,13 @@
 
 from fastflow.ops._backend import BackendError, use_backend
 from fastflow.ops.actnorm import actnorm
+from fastflow.ops.autoregressive import autoregressive_inverse
 from fastflow.ops.conv1x1 import conv1x1
 from fastflow.ops.conv1x1_weights import dense_weights, lu_weights
 from fastflow.ops.coupling import additive_coupling, affine_coupling
 from fastflow.ops.gaussian import gaussian_log_prob, gaussian_sample
 from fastflow.ops.gaussian_kl import gaussian_kl
+from fastflow.ops.masked import masked_linear, masked_mlp
 from fastflow.ops.orthonormal import orthogonality, orthonormal
 from fastflow.ops.scale_map import ScaleMap, scale_map
 from fastflow.ops.sylvester import sylvester
@@ -21,6 +23,7 @@ __all__ = [
     "actnorm",
     "additive_coupling",
     "affine_coupling",
+    "autoregressive_inverse",
     "bottleneck_trace",
     "conv1x1",
     "dense_weights",
@@ -30,6 +33,8 @@ __all__ = [
     "gaussian_sample",
     "hutchinson",
     "lu_weights",
+    "masked_linear",
+    "masked_mlp",
     "mlp_trace",
     "orthogonality",
     "orthonormal",
