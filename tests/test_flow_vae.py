@@ -131,7 +131,7 @@ def test_importance_sampling_finds_the_likelihood_of_a_linear_gaussian(posterior
         found = model.log_prob(x.repeat_interleave(16, 0), samples=1500, rows=48000).view(2, 16)
         bound = torch.stack([model(x) for _ in range(100)]).mean(0)
     error = found.std(1) / 4
-    assert (error < 0.02).all() and ((found.mean(1) - exact).abs() < 5 * error + 1e-3).all()
+    assert (error < 0.05).all() and ((found.mean(1) - exact).abs() < 5 * error + 1e-3).all()
     assert (bound < exact).all()
 
 
@@ -294,11 +294,12 @@ def test_bad_images():
 @pytest.mark.parametrize("match, options", [
     ("image_shape: expected positive sizes", {"image_shape": (1, 0, 4)}),
     ("image_shape: expected positive sizes", {"image_shape": (28, 28)}),
-    ("posterior: expected one of diagonal", {"posterior": "spline"}),
+    ("posterior: expected one of diagonal, planar", {"posterior": "spline"}),
     ("encoder: expected one of conv, mlp, got 'resnet'", {"encoder": "resnet"}),
     ("likelihood: expected one of bernoulli, categorical, logistic", {"likelihood": "normal"}),
     ("levels: expected at least 2, got 1", {"likelihood": "categorical", "levels": 1}),
     ("latent: expected at least 1, got 0", {"latent": 0}),
+    ("rank: expected at most latent = 4", {"posterior": "sylvester-orthogonal", "rank": 5}),
     ("variance: expected bounds 0 <= low < high", {"variance": (2, 1)}),
 ])  # fmt: skip
 def test_bad_settings(match, options):

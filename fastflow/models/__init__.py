@@ -2,9 +2,7 @@
 
 from fastflow.models.flow_vae import FlowVAE
 from fastflow.models.glow import Glow
+from fastflow.models.iaf import IAF, IAFlow
 from fastflow.models.iaf_vae import IAFVAE
 
-__all__ = ["IAFVAE", "FlowVAE", "Glow"]
-from fastflow.models.iaf import IAF, IAFlow
-
-__all__ = ["IAF", "Glow", "IAFlow"]
+__all__ = ["IAF", "IAFVAE", "FlowVAE", "Glow", "IAFlow"]

@@ -13,15 +13,25 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from fastflow.models.iaf import IAF
 from fastflow.models.vae import VAE, Terms
 from fastflow.nn.base import Bijection, Sequential
 from fastflow.nn.likelihood import likelihood as make_likelihood
+from fastflow.nn.sylvester import Sylvester
 from fastflow.ops import gaussian_log_prob, gaussian_sample
 from fastflow.ops.scale_map import scale_map
 
 __all__ = ["POSTERIORS", "FlowVAE", "posterior_flow"]
 
-POSTERIORS = ("diagonal",)
+POSTERIORS = (
+    "diagonal",
+    "planar",
+    "radial",
+    "iaf",
+    "sylvester-orthogonal",
+    "sylvester-householder",
+    "sylvester-triangular",
+)
 
 _log_softplus = scale_map("softplus").log_scale
 
@@ -95,10 +105,14 @@ def mlp_decoder(image_shape: tuple[int, int, int], width: int, latent: int, feat
 # --- the posterior ------------------------------------------------------------------------------------
 
 
-def posterior_flow(kind: str, latent: int, steps: int, *, rank: int, width: int) -> Bijection:
-    """The flow z_0 -> z_K of that name, [B, latent], with its parameters in the context; empty for ``diagonal``."""
+def posterior_flow(kind: str, latent: int, steps: int, *, rank: int = 8, width: int = 320) -> Bijection:
+    """The flow z_0 -> z_K of that name on [B, latent], with its parameters in the context; empty for ``diagonal``."""
     if kind == "diagonal":
         return Sequential()
+    if kind == "iaf":
+        return IAF(latent, steps, hidden=(width,), context_features=width)
+    if kind.startswith("sylvester-") and kind in POSTERIORS:
+        return Sylvester(latent, steps, kind.removeprefix("sylvester-"), ortho=rank, householder=rank)
     raise ValueError(f"posterior: expected one of {', '.join(POSTERIORS)}, got {kind!r}")
 
 
@@ -197,10 +211,11 @@ class FlowVAE(VAE):
                 self.decoder.append(nn.Conv2d(head, outputs, 1))
         else:
             raise ValueError(f"encoder: expected one of conv, mlp, got {encoder!r}")
+        if posterior == "sylvester-orthogonal" and rank > latent:
+            raise ValueError(f"rank: expected at most latent = {latent} orthogonal columns, got {rank}")
         self.moments = nn.Linear(hidden, 2 * latent)
         self.flow = posterior_flow(posterior, latent, steps, rank=rank, width=iaf_width)
-        # of shape [0, hidden] for no parameters would warn when it is initialised
-        features = sum(getattr(step, "context_features", 0) for step in self.flow)
+        features = getattr(self.flow, "context_features", 0)
         self.amortized = nn.Linear(hidden, features) if features else None
 
     # --- both networks ----------------------------------------------------------------------------------
