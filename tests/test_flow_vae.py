@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import pickle
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,6 +14,10 @@ from torch import nn
 from fastflow import nn as ffnn
 from fastflow.models import FlowVAE
 from fastflow.models.flow_vae import POSTERIORS
+from fastflow.train import PUBLISHED, RECIPES, load_data, load_model, train
+from fastflow.train.data import Images
+from fastflow.train.metrics import read_metrics
+from fastflow.train.recipe import build_model
 
 SMALL = {"latent": 4, "encoder": "mlp", "width": 16, "hidden": 12, "steps": 2, "rank": 2, "iaf_width": 8}
 
@@ -324,3 +329,44 @@ def test_autocast():
         value = model.elbo(x, generator=seeded())
     assert value.dtype == torch.float32
     torch.testing.assert_close(value, expected, rtol=0.05, atol=0.5)
+
+
+# --- training -------------------------------------------------------------------------------------------
+
+
+def fake(shape, levels, form):
+    pixels = torch.randint(0, levels, (8, *shape), dtype=torch.uint8)
+    return Images("fake", pixels, pixels, levels, form)
+
+
+@pytest.mark.parametrize("book, model, data", [
+    (name, model, data)
+    for name, book in (("RECIPES", RECIPES), ("PUBLISHED", PUBLISHED))
+    for model in ("flow_vae", "iaf_vae")
+    for data in book[model]
+])  # fmt: skip
+def test_recipes_fit_their_data(book, model, data):
+    recipe = {"RECIPES": RECIPES, "PUBLISHED": PUBLISHED}[book][model][data]
+    shapes = {"digits": ((1, 8, 8), 17), "freyfaces": ((1, 28, 20), 256), "images": ((3, 32, 32), 256)}
+    shapes |= dict.fromkeys(("caltech", "mnist-static"), ((1, 28, 28), 2))
+    shape, levels = shapes.get(data, ((1, 28, 28), 256))
+    data = fake(shape, levels, recipe.data["form"])
+    config = recipe.config(data)
+    with torch.device("meta"):
+        built = build_model(recipe.model, json.loads(json.dumps(config)))
+    assert built.image_shape == shape and built.likelihood.levels == (2 if data.binary else levels)
+
+
+@pytest.mark.parametrize("model", ["flow_vae", "iaf_vae"])
+@pytest.mark.parametrize("form", ["integers", "dynamic"])
+def test_the_training_frame(model, form, tmp_path):
+    pytest.importorskip("sklearn")
+    recipe, data = RECIPES[model]["digits"], load_data("digits", form=form)
+    changes = {"width": 16} if model == "flow_vae" else {"hidden": 8, "latent": 2, "depth": 1}
+    built = build_model(recipe.model, {**recipe.config(data), **changes, "samples": 2})
+    config = replace(recipe.train, epochs=1, steps=12, eval_every=12, batch_size=32, lr=5e-3)
+    result = train(built, data, config, tmp_path, progress=False)
+    losses = [r["train"] for r in read_metrics(tmp_path / "metrics.jsonl") if "train" in r]
+    naive, _ = data.baseline()
+    assert losses[-1] < losses[0] and naive / 2 < result.held_out < 3 * naive
+    assert load_model(tmp_path)[0].sample(2).shape == (2, 1, 8, 8)

@@ -7,6 +7,7 @@ https://arxiv.org/abs/1803.05649.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -190,10 +191,10 @@ class FlowVAE(VAE):
         ):
             if not value >= least:
                 raise ValueError(f"{name}: expected at least {least}, got {value}")
-        low, high = variance = (0.0, float("inf")) if variance is None else tuple(variance)
+        low, high = variance = (0.0, math.inf) if variance is None else tuple(variance)
         if not 0 <= low < high:
             raise ValueError(f"variance: expected bounds 0 <= low < high, got {variance}")
-        self._bounds = torch.tensor(variance, dtype=torch.float64).log().tolist()
+        self._bounds = (math.log(low) if low else -math.inf, math.log(high))  # of the logarithm
         self.warmup, self.free_bits, self.samples, self.latent = warmup, free_bits, samples, latent
         self.likelihood = make_likelihood(likelihood, levels, image_shape[0])
         outputs = image_shape[0] * self.likelihood.features

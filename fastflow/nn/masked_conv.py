@@ -193,9 +193,17 @@ class MaskedConv2d(WeightNormConv2d):
         mask = conv_mask(inputs, outputs, kernel, groups, strict, order, copies)
         super().__init__(inputs, outputs, kernel, init_scale=init_scale, normalize=normalize)
         self.register_buffer("mask", mask, persistent=False)
+        self.order = order
 
     def direction(self) -> Tensor:
-        return self.weight * self.mask  # NaN in a masked weight stays visible
+        return self.weight * self.mask
+
+    def _conv(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        # without the rows of the kernel that are masked whole, and the rows of output that then lie outside
+        half = weight.shape[-1] // 2
+        if self.order == "raster":
+            return F.conv2d(x, weight[:, :, : half + 1], bias, padding=half)[:, :, : x.shape[2]]
+        return F.conv2d(x, weight[:, :, half:], bias, padding=half)[:, :, half:]
 
 
 # --- the flow ---------------------------------------------------------------------------------------------
