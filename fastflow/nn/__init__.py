@@ -13,6 +13,8 @@ from fastflow.nn.made import MADE, MaskedLinear
 from fastflow.nn.masked_affine import MaskedAffine
 from fastflow.nn.masked_conv import ConvAutoregressive, MaskedConv2d, WeightNormConv2d
 from fastflow.nn.permutation import Permutation
+from fastflow.nn.planar import Planar
+from fastflow.nn.radial import Radial
 from fastflow.nn.reshape import Squeeze
 from fastflow.nn.split_prior import SplitPrior
 from fastflow.nn.sylvester import Sylvester, SylvesterParameters
@@ -39,6 +41,8 @@ __all__ = [
     "MaskedLinear",
     "NonFiniteError",
     "Permutation",
+    "Planar",
+    "Radial",
     "Sequential",
     "SplitPrior",
     "Squeeze",

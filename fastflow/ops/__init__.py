@@ -10,6 +10,8 @@ from fastflow.ops.gaussian import gaussian_log_prob, gaussian_sample
 from fastflow.ops.gaussian_kl import gaussian_kl
 from fastflow.ops.masked import masked_linear, masked_mlp
 from fastflow.ops.orthonormal import orthogonality, orthonormal
+from fastflow.ops.planar import planar
+from fastflow.ops.radial import radial
 from fastflow.ops.scale_map import ScaleMap, scale_map
 from fastflow.ops.sylvester import sylvester
 from fastflow.ops.trace import Rademacher, TraceEstimate, bottleneck_trace, exact_trace, hutchinson, probes
@@ -38,7 +40,9 @@ __all__ = [
     "mlp_trace",
     "orthogonality",
     "orthonormal",
+    "planar",
     "probes",
+    "radial",
     "scale_map",
     "sylvester",
     "use_backend",

@@ -52,14 +52,14 @@ def matching(name: str, tensor: Tensor, x: Tensor, channels: tuple[int, ...] | N
         raise ValueError(f"{name}: expected shape {shapes} for {of} of shape {list(x.shape)}, got {list(tensor.shape)}")
 
 
-def beside(name: str, tensor: Tensor, x: Tensor, shape: tuple[int, ...]) -> None:
+def beside(name: str, tensor: Tensor, x: Tensor, shape: tuple[int, ...], of: str = "x") -> None:
     """A parameter that goes with x: its device, a compatible dtype, this shape."""
     floating(name, tensor, 0)
     if tensor.shape != shape:
         raise ValueError(
-            f"{name}: expected shape {list(shape)} for x of shape {list(x.shape)}, got {list(tensor.shape)}"
+            f"{name}: expected shape {list(shape)} for {of} of shape {list(x.shape)}, got {list(tensor.shape)}"
         )
-    _compatible(name, tensor, x, "x")
+    _compatible(name, tensor, x, of)
 
 
 def _compatible(name: str, tensor: Tensor, x: Tensor, of: str) -> None:
