@@ -127,7 +127,7 @@ def test_importance_sampling_finds_the_likelihood_of_a_linear_gaussian(posterior
     model = build(posterior, (1, 2, 2), latent=3)
     model.likelihood = Gaussian(2)
     model.decoder = nn.Sequential(nn.Linear(3, 4), nn.Unflatten(1, (1, 2, 2)))
-    model = perturbed(model.double(), 0.2)
+    model = perturbed(model.double(), 0.1)
     linear = model.decoder[0]
     x = torch.randn(2, 1, 2, 2, dtype=torch.float64)
     covariance = linear.weight @ linear.weight.mT + torch.eye(4, dtype=torch.float64)
@@ -142,7 +142,7 @@ def test_importance_sampling_finds_the_likelihood_of_a_linear_gaussian(posterior
 
 @pytest.mark.parametrize("posterior", POSTERIORS)
 def test_probabilities_of_all_images_sum_to_one(posterior):
-    model = perturbed(build(posterior, (1, 2, 2), latent=2).double(), 0.2)
+    model = perturbed(build(posterior, (1, 2, 2), latent=2).double(), 0.1)
     x = torch.tensor(list(itertools.product((0.0, 1.0), repeat=4)), dtype=torch.float64).view(16, 1, 2, 2)
     with torch.no_grad():
         sums = torch.stack([model.log_prob(x, samples=500, rows=8000).exp().sum() for _ in range(8)])

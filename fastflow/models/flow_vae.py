@@ -18,6 +18,8 @@ from fastflow.models.iaf import IAF
 from fastflow.models.vae import VAE, Terms
 from fastflow.nn.base import Bijection, Sequential
 from fastflow.nn.likelihood import likelihood as make_likelihood
+from fastflow.nn.planar import Planar
+from fastflow.nn.radial import Radial
 from fastflow.nn.sylvester import Sylvester
 from fastflow.ops import gaussian_log_prob, gaussian_sample
 from fastflow.ops.scale_map import scale_map
@@ -110,6 +112,8 @@ def posterior_flow(kind: str, latent: int, steps: int, *, rank: int = 8, width: 
     """The flow z_0 -> z_K of that name on [B, latent], with its parameters in the context; empty for ``diagonal``."""
     if kind == "diagonal":
         return Sequential()
+    if kind in ("planar", "radial"):
+        return (Planar if kind == "planar" else Radial)(latent, steps, amortised=True)
     if kind == "iaf":
         return IAF(latent, steps, hidden=(width,), context_features=width)
     if kind.startswith("sylvester-") and kind in POSTERIORS:
