@@ -108,14 +108,16 @@ def mlp_decoder(image_shape: tuple[int, int, int], width: int, latent: int, feat
 # --- the posterior ------------------------------------------------------------------------------------
 
 
-def posterior_flow(kind: str, latent: int, steps: int, *, rank: int = 8, width: int = 320) -> Bijection:
+def posterior_flow(
+    kind: str, latent: int, steps: int, *, rank: int = 8, width: int = 320, forget_bias: float = 2.0
+) -> Bijection:
     """The flow z_0 -> z_K of that name on [B, latent], with its parameters in the context; empty for ``diagonal``."""
     if kind == "diagonal":
         return Sequential()
     if kind in ("planar", "radial"):
         return (Planar if kind == "planar" else Radial)(latent, steps, amortised=True)
     if kind == "iaf":
-        return IAF(latent, steps, hidden=(width,), context_features=width)
+        return IAF(latent, steps, hidden=(width,), context_features=width, forget_bias=forget_bias)
     if kind.startswith("sylvester-") and kind in POSTERIORS:
         return Sylvester(latent, steps, kind.removeprefix("sylvester-"), ortho=rank, householder=rank)
     raise ValueError(f"posterior: expected one of {', '.join(POSTERIORS)}, got {kind!r}")
@@ -135,7 +137,8 @@ class FlowVAE(VAE):
             ``sylvester-householder`` or ``sylvester-triangular``.
         steps: K.
         rank: M, columns of Q of the orthogonal and reflections of the Householder Sylvester flow.
-        iaf_width: of the masked networks of IAF.
+        iaf_width, forget_bias: of the masked networks of IAF, and of its gates: the larger, the nearer to the identity
+            is the start.
         encoder: ``conv``, the gated convolutions of the Sylvester paper, or ``mlp``; the decoder is its mirror image.
         hidden: of h. width: of the layers of ``mlp``.
         likelihood: ``bernoulli``, ``categorical`` (a logit for every level) or ``logistic`` (discretised).
@@ -167,6 +170,7 @@ class FlowVAE(VAE):
         *,
         rank: int = 8,
         iaf_width: int = 320,
+        forget_bias: float = 2.0,
         encoder: Literal["conv", "mlp"] = "conv",
         hidden: int = 256,
         width: int = 300,
@@ -219,7 +223,7 @@ class FlowVAE(VAE):
         if posterior == "sylvester-orthogonal" and rank > latent:
             raise ValueError(f"rank: expected at most latent = {latent} orthogonal columns, got {rank}")
         self.moments = nn.Linear(hidden, 2 * latent)
-        self.flow = posterior_flow(posterior, latent, steps, rank=rank, width=iaf_width)
+        self.flow = posterior_flow(posterior, latent, steps, rank=rank, width=iaf_width, forget_bias=forget_bias)
         features = getattr(self.flow, "context_features", 0)
         self.amortized = nn.Linear(hidden, features) if features else None
 
