@@ -7,16 +7,17 @@ from types import ModuleType
 class UserError(ValueError):
     """A mistake of the caller, said in one line; the command line prints it and exits with 2."""
 
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(message.splitlines()))
+
 
 class MissingPackage(UserError, ImportError):
     """An optional package that this step needs is not installed."""
 
 
-def need(module: str, package: str, extra: str = "train") -> ModuleType:
-    """Imports an optional `module`; raises `MissingPackage` naming the `package` and the extra."""
+def need(module: str, package: str) -> ModuleType:
+    """Imports an optional `module` of the extra `train`; raises `MissingPackage` naming the `package`."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise MissingPackage(
-            f"this needs {package}, which is not installed: pip install 'fastflow[{extra}]'"
-        ) from error
+        raise MissingPackage(f"this needs {package}, which is not installed: pip install 'fastflow[train]'") from error

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from fastflow.ops.cuda.load import OPTIONS
 from fastflow.errors import MissingPackage
+from fastflow.ops.cuda.load import OPTIONS
 
 BY_CUPY = ("--device-as-default-execution-space", "-ftz=true")  # what CuPy adds of its own
 

@@ -51,6 +51,13 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         help="an argument of the model other than the recipe's; VALUE is JSON or a word; may be repeated",
     )
+    parser.add_argument(
+        "--load",
+        metavar="NAME=VALUE",
+        action="append",
+        default=[],
+        help="an option of the data other than the recipe's, such as form=static, valid=5000, drop=[-1]",
+    )
     parser.add_argument("--size", type=int, metavar="N", help="centre-crop images and resize them to N x N")
     parser.add_argument(
         "--out", metavar="DIR", type=Path, required=True, help="folder for checkpoint, metrics and figures"
@@ -117,6 +124,7 @@ def run_train(args: argparse.Namespace) -> int:
     with _one_line():
         device = choose_device(args.device)
         recipe = find_recipe(args.model, args.data, args.published)
+        recipe = replace(recipe, data={**recipe.data, **_pairs("--load", args.load)})
         data = load_data(args.data, args.root, size=args.size, **recipe.data)
         model, config = _prepare(args, recipe, data, device)
     with process_group(device):
@@ -156,7 +164,7 @@ def _prepare(
 ) -> tuple[nn.Module, TrainConfig]:
     """The model and the settings: from the recipe, or from the checkpoint to resume."""
     given = {name: getattr(args, name) for name in _SETTINGS if getattr(args, name) is not None}
-    changes = _changes(args.set)
+    changes = _pairs("--set", args.set)
     if args.out.exists() and not args.out.is_dir():
         raise UserError(f"--out {args.out}: expected a folder, found a file")
     if args.resume:
@@ -177,21 +185,26 @@ def _prepare(
         base = recipe.train
     config = replace(base, **given)
     torch.manual_seed(config.seed)
-    return build_model(name, arguments).to(device), config
+    try:
+        return build_model(name, arguments).to(device), config
+    except TypeError as error:
+        if not changes:
+            raise
+        raise UserError(f"--set: {name} cannot be made of {changes} ({error})") from error
 
 
-def _changes(given: list[str]) -> dict[str, Any]:
-    """The arguments of `--set NAME=VALUE`."""
-    changes = {}
+def _pairs(option: str, given: list[str]) -> dict[str, Any]:
+    """What an option NAME=VALUE was given, VALUE as JSON if it is."""
+    pairs = {}
     for text in given:
         name, equals, value = text.partition("=")
         if not equals:
-            raise UserError(f"--set {text}: expected NAME=VALUE")
+            raise UserError(f"{option} {text}: expected NAME=VALUE")
         try:
-            changes[name] = json.loads(value)
+            pairs[name] = json.loads(value)
         except ValueError:
-            changes[name] = value
-    return changes
+            pairs[name] = value
+    return pairs
 
 
 def _summarise(
@@ -208,6 +221,7 @@ def _summarise(
     write_result(
         out,
         command=_command(args, recipe, data, model, config),
+        root=args.root and args.root.name,
         model=model,
         data=meta["data"],
         config=config,
@@ -235,6 +249,8 @@ def _command(args: argparse.Namespace, recipe: Recipe, data: Dataset, model: nn.
     if args.size is not None:
         words += ["--size", str(args.size)]
     words += ["--published"] * args.published
+    for text in args.load:
+        words += ["--load", text]
     usual = build_model(recipe.model, model_config(recipe, data)).config
     for name, value in model.config.items():
         if value != usual[name]:

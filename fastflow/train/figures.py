@@ -45,32 +45,37 @@ def draw_points(
     drawn: Sequence[Tensor], temperatures: Sequence[float], path: str | Path, model: nn.Module | None = None
 ) -> None:
     """Writes a PNG: a panel of points [N, 2] for every temperature, and one of the density of `model` if given."""
-    figure = _figure(3 * (len(drawn) + (model is not None)), 3.2)
-    axes = figure.subplots(1, len(drawn) + (model is not None), squeeze=False, sharex=True, sharey=True)[0]
     spread = torch.cat([torch.quantile(x, torch.tensor([0.002, 0.998]), dim=0) for x in drawn])
     low, high = spread.amin(0), spread.amax(0)
-    low, high = low - 0.15 * (high - low) - 1e-3, high + 0.15 * (high - low) + 1e-3
+    margin = 0.15 * (high - low) + 1e-3
+    low, high = (low - margin).tolist(), (high + margin).tolist()
+    panels = len(drawn) + (model is not None)
+    tall = min(3.0, max(0.3, (high[1] - low[1]) / (high[0] - low[0])))
+    figure = _figure(3 * panels, 0.6 + 3 * tall)
+    axes = figure.subplots(1, panels, squeeze=False, sharex=True, sharey=True)[0]
     for axis, x, temperature in zip(axes, drawn, temperatures, strict=False):
         axis.scatter(*x.T.numpy(), s=1.5, lw=0, alpha=0.6)
         axis.set(title=f"T = {temperature:g}", xlim=(low[0], high[0]), ylim=(low[1], high[1]), aspect="equal")
     if model is not None:
+        density = _density(model, low, high)
         axes[-1].imshow(
-            _density(model, low, high),
+            density.numpy(),
             origin="lower",
             extent=(low[0], high[0], low[1], high[1]),
             interpolation="bilinear",
+            vmax=density.flatten().quantile(0.998),  # a needle would leave the rest dark
         )
         axes[-1].set(title="density", aspect="equal")
     figure.savefig(path, dpi=150)
 
 
 @torch.no_grad()
-def _density(model: nn.Module, low: Tensor, high: Tensor, side: int = 160):
+def _density(model: nn.Module, low: Sequence[float], high: Sequence[float], side: int = 160) -> Tensor:
     """p(x) on a grid, [side, side], rows along the second variable."""
-    x, y = (torch.linspace(float(low[k]), float(high[k]), side) for k in (0, 1))
+    x, y = (torch.linspace(low[k], high[k], side) for k in (0, 1))
     grid = torch.stack(torch.meshgrid(x, y, indexing="xy"), 2).view(-1, 2)
     device = next(model.parameters()).device
-    return model(grid.to(device)).exp().view(side, side).cpu().numpy()
+    return model(grid.to(device)).exp().view(side, side).cpu()
 
 
 def draw_curve(
@@ -93,7 +98,9 @@ def draw_curve(
         axis.axhline(baseline[0], ls="--", color="black", lw=1, label=baseline[1])
     if train:  # the first steps are far above everything that follows
         values = sorted(value for _, value in train + held_out)
-        low, high = min(values[0], baseline[0] if baseline else values[0]), values[int(0.97 * (len(values) - 1))]
+        low, high = values[0], values[int(0.97 * (len(values) - 1))]
+        if baseline is not None:
+            low, high = min(low, baseline[0]), max(high, baseline[0])
         axis.set_ylim(low - 0.05 * (high - low) - 1e-3, high + 0.15 * (high - low) + 1e-3)
     axis.set(xlabel="step", ylabel=unit)
     axis.grid(alpha=0.3)

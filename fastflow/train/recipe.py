@@ -14,7 +14,6 @@ from .config import TrainConfig
 from .data import NAMES, Dataset
 from .errors import UserError
 
-
 Published = tuple[float, str]
 
 
@@ -27,8 +26,8 @@ class Recipe:
         config: the arguments of its constructor, made for the data (`data.shape`, `data.levels`).
         train: how to train it.
         data: options of `load_data`.
-        published: (a published figure in the data's unit, where it is from), shown beside what a run reaches; or a
-            function from the model's arguments to that, or to None, where it depends on them.
+        published: (a published figure in the data's unit, a cost like all figures: -log p; where it is from), shown
+            beside what a run reaches; or a function from the model's arguments to that, or to None.
     """
 
     model: str

@@ -31,6 +31,7 @@ def write_result(
     out: Path,
     *,
     command: str,
+    root: str | None,
     model: torch.nn.Module,
     data: dict[str, Any],
     config: TrainConfig,
@@ -40,11 +41,14 @@ def write_result(
     naive: tuple[float, str],
     published: tuple[float, str] | None,
 ) -> None:
-    """Writes `out/result.json`, atomically. `figure` and `naive` are (value, what it is)."""
+    """Writes `out/result.json`, atomically.
+
+    `figure` and `naive` are (value, what it is), `root` is the name of the data's files.
+    """
     device = next(model.parameters()).device
     record = {
         "model": type(model).__name__,
-        "data": data["name"],
+        "data": data["name"] if root in (None, data["name"]) else f"{data['name']}: {root}",
         "command": command,
         "config": model.config,
         "train": asdict(config),
@@ -85,7 +89,7 @@ def merge(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[dict[str
 
 def table(results: Sequence[dict[str, Any]]) -> str:
     """Markdown: a line for each result."""
-    head = ["model", "data", "reached", "naive", "published", "parameters", "steps", "time", "command"]
+    head = ["model", "data", "reached: −log p", "naive", "published", "parameters", "steps", "time", "command"]
     lines = [head, ["---", "---", "--:", "--:", "--:", "--:", "--:", "--:", "---"]]
     for r in results:
         published = r["published"]
@@ -106,7 +110,7 @@ def table(results: Sequence[dict[str, Any]]) -> str:
 
 
 def _count(n: int) -> str:
-    return f"{n / 1e6:.3g} M" if n >= 1e6 else f"{n / 1e3:.3g} k"
+    return f"{n / 1e6:.3g} M" if n >= 1e6 else f"{n / 1e3:.3g} k" if n >= 1e3 else f"{n}"
 
 
 def _duration(seconds: float) -> str:

@@ -33,8 +33,9 @@ def write_samples(
     """Writes `n` samples at each temperature to `path`, of a kind that fits the data; returns `n`.
 
     The noise is the same at every temperature, so that one sees a sample cool down. Images go to a PNG, one row a
-    temperature; points in the plane to a PNG with their density beside them, or, as all rows, to a CSV or npz file in
-    the units of the original table; audio to a WAV file, one clip after another.
+    temperature (the means of their pixels, if the model has `sample_mean`); points in the plane to a PNG with their
+    density beside them, or, as all rows, to a CSV or npz file in the units of the original table; audio to a WAV
+    file, one clip after another.
     """
     kind = _kind(description)
     if path.suffix not in _SUFFIXES[kind]:
@@ -67,7 +68,9 @@ def _draw(model: nn.Module, description: dict[str, Any], n: int, temperature: fl
     device = next(model.parameters()).device
     arguments = {"length": description["shape"][0]} if description.get("kind") == "audio" else {}
     generator = torch.Generator(device).manual_seed(seed)
-    x = model.sample(n, temperature=temperature, generator=generator, **arguments).cpu()
+    # a picture of what a VAE has in mind shows more than its pixels' noise on top
+    sample = getattr(model, "sample_mean", model.sample)
+    x = sample(n, temperature=temperature, generator=generator, **arguments).cpu()
     bad = 0 if not x.is_floating_point() else (~torch.isfinite(x)).flatten(1).any(1).sum().item()
     if bad:
         raise UserError(f"expected finite samples, got {bad} of {len(x)} with inf or nan")
@@ -80,7 +83,7 @@ def _pixels(x: Tensor, description: dict[str, Any]) -> Tensor:
     if description.get("form", "dequantized") == "dequantized":
         return quantize(x, levels)
     if description["form"] == "integers":
-        return x.clamp(0, levels - 1).to(torch.uint8)
+        return x.float().round().clamp(0, levels - 1).to(torch.uint8)
     return ((levels - 1) * x).round().clamp(0, levels - 1).to(torch.uint8)  # bits, or their probabilities
 
 

@@ -17,6 +17,8 @@ from .toys import TOYS, load_toy
 
 __all__ = ["BUNDLED", "FORMS", "NAMES", "Audio", "Dataset", "Images", "Patches", "Rows", "load_data"]
 
+_BITS = ("mnist-static", "binary", "caltech")  # seen as bits unless another form is asked for
+
 _FILES = {"rows": load_rows, "patches": load_patches, "audio": load_audio}
 
 NAMES = (*IMAGES, *_FILES, *TOYS)
@@ -43,6 +45,8 @@ def load_data(
     `load_rows`), and the toys `moons`, `circles`, `rings`, `gaussians`, `pinwheel`, `spirals`, `checkerboard`.
     `patches`: of the images in two folders (`load_patches`). `audio`: WAV files or npz (`load_audio`).
 
+    Without a `form`, `mnist-static`, `binary` and `caltech` are seen as bits, other images dequantised.
+
     `valid`: so many of the last training samples are held out instead, and what was held out is the test set.
 
     Raises `FileNotFoundError` or `UserError` (a `ValueError`) in one line: the file, what was
@@ -63,6 +67,8 @@ def load_data(
     if name not in IMAGES and (form or flat):
         raise UserError(f"form, flat: for images only, got {name!r}")
     _check(name, options)
+    if not isinstance(valid, int) or valid < 0:
+        raise UserError(f"valid: expected a number of samples, got {valid!r}")
     if name in BUNDLED:
         root = None
     elif root is None:
@@ -76,10 +82,9 @@ def load_data(
         data = _FILES[name](name, *paths, **options)
     else:
         found = IMAGES[name](*paths, **options)
-        data = Images(
-            name, found.train, found.held_out, found.levels, form or "dequantized", bool(flat), test=found.test
-        )
-    return _validated(data, valid)
+        form = form or ("static" if name in _BITS else "dequantized")
+        data = Images(name, found.train, found.held_out, found.levels, form, bool(flat), test=found.test)
+    return _with_validation(data, valid)
 
 
 def _check(name: str, options: dict[str, Any]) -> None:
@@ -91,10 +96,10 @@ def _check(name: str, options: dict[str, Any]) -> None:
         raise UserError(f"{min(unknown)}: no option of {name!r}, which has {', '.join(sorted(known)) or 'none'}")
 
 
-def _validated(data: Dataset, valid: int) -> Dataset:
+def _with_validation(data: Dataset, valid: int) -> Dataset:
     if not valid:
         return data
-    if not 0 < valid < len(data.train):
+    if valid >= len(data.train):
         raise UserError(
             f"valid: expected fewer than the {len(data.train)} training samples of {data.name}, got {valid}"
         )

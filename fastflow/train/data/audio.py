@@ -159,7 +159,7 @@ def read_wav(path: Path) -> tuple[Tensor, int]:
         with wave.open(str(path), "rb") as file:
             channels, width, rate, frames = file.getparams()[:4]
             raw = file.readframes(frames)
-    except (wave.Error, EOFError) as error:
+    except (wave.Error, EOFError, RuntimeError) as error:
         raise UserError(f"{path}: expected a WAV file of PCM ({error or 'it ends too early'})") from error
     if len(raw) != frames * channels * width:
         raise UserError(f"{path}: expected {frames * channels * width} bytes of samples, got {len(raw)}")

@@ -35,7 +35,7 @@ class Patches(Dataset):
             self.inputs(part, torch.arange(len(part)), noise.key(0, noise.HELD_OUT, number))
             for number, part in enumerate((self.train[:200_000], self.final))
         )
-        return gaussian_nats(train, test), "full-covariance Gaussian"
+        return gaussian_nats(train, test), "shrinkage Gaussian"
 
 
 def load_patches(

@@ -12,6 +12,7 @@ from fastflow.errors import UserError, need
 from .dataset import parts, same_shape
 from .folder import read_folder
 from .idx import find_idx, read_idx
+from .mat import read_mat
 from .npz import read_npz
 
 
@@ -88,20 +89,13 @@ def caltech(root: Path, *, transpose: bool = True, invert: bool = True) -> Pixel
 
     Its images lie on their side with the object 0: `transpose` and `invert` set them upright with the object 1.
     """
-    io = need("scipy.io", "SciPy")
-    try:
-        found = io.loadmat(root)
-    except Exception as error:  # scipy raises what it likes on damaged files
-        raise UserError(f"{root}: expected a MATLAB file of version 7 or older ({error})") from error
-    if "X" not in found:
-        raise UserError(f"{root}: expected the matrix 'X', got {sorted(k for k in found if k[0] != '_')}")
-    array = found["X"]
+    array = read_mat(root, "X")
     side = round(array.shape[-1] ** 0.5)
-    if array.ndim != 2 or array.dtype.kind not in "uif" or array.shape[1] != side**2 or not array.size:
+    if array.ndim != 2 or array.shape[1] != side**2 or not array.size:
         raise UserError(f"{root}: expected 'X' to be 0/1 [N, S*S], got {array.dtype} {list(array.shape)}")
     if not ((array == 0) | (array == 1)).all():
         raise UserError(f"{root}: expected values 0 and 1 in 'X', got others")
-    images = torch.from_numpy(array.astype("uint8")).view(-1, 1, side, side)
+    images = torch.from_numpy(array.astype("uint8", order="C")).view(-1, 1, side, side)
     images = images.transpose(2, 3) if transpose else images
     train, held_out, test = parts(str(root), (1 - images if invert else images).contiguous(), 10, 10)
     return Pixels(train, held_out, 2, test)
