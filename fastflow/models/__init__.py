@@ -1,10 +1,25 @@
 """Published models, one file per paper."""
 
+from fastflow.models.flow_vae import FlowVAE
 from fastflow.models.glow import Glow
+from fastflow.models.iaf import IAF, IAFlow
+from fastflow.models.iaf_vae import IAFVAE
 from fastflow.models.nice import NICE
 from fastflow.models.planar import Planar
 from fastflow.models.radial import Radial
 from fastflow.models.realnvp import RealNVP, VectorRealNVP
 from fastflow.models.wavenet import WaveNet
 
-__all__ = ["Glow", "NICE", "Planar", "Radial", "RealNVP", "VectorRealNVP", "WaveNet"]
+__all__ = [
+    "FlowVAE",
+    "Glow",
+    "IAF",
+    "IAFlow",
+    "IAFVAE",
+    "NICE",
+    "Planar",
+    "Radial",
+    "RealNVP",
+    "VectorRealNVP",
+    "WaveNet",
+]

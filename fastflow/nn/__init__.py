@@ -11,14 +11,20 @@ from fastflow.nn.diagnostics import InverseError, inverse_error
 from fastflow.nn.flow import Flow
 from fastflow.nn.logit import Logit
 from fastflow.nn.mlp_coupling import CouplingStack, MLPCoupling
+from fastflow.nn.likelihood import Bernoulli, Categorical, DiscretizedLogistic, Likelihood
+from fastflow.nn.made import MADE, MaskedLinear
+from fastflow.nn.masked_affine import MaskedAffine
+from fastflow.nn.masked_conv import ConvAutoregressive, MaskedConv2d, WeightNormConv2d
 from fastflow.nn.permutation import Permutation
 from fastflow.nn.planar import Planar
 from fastflow.nn.radial import Radial
 from fastflow.nn.reshape import Squeeze
 from fastflow.nn.scaling import Scaling
 from fastflow.nn.split_prior import SplitPrior
+from fastflow.nn.sylvester import Sylvester, SylvesterParameters
 
 __all__ = [
+    "MADE",
     "ActNorm",
     "AdditiveCoupling",
     "AffineCoupling",
@@ -26,7 +32,12 @@ __all__ = [
     "BatchNorm",
     "Bijection",
     "CouplingStack",
+    "Bernoulli",
+    "Bijection",
+    "Categorical",
+    "ConvAutoregressive",
     "DiagonalGaussian",
+    "DiscretizedLogistic",
     "Flow",
     "Inverse",
     "InverseError",
@@ -34,6 +45,10 @@ __all__ = [
     "Logistic",
     "Logit",
     "MLPCoupling",
+    "Likelihood",
+    "MaskedAffine",
+    "MaskedConv2d",
+    "MaskedLinear",
     "NonFiniteError",
     "Permutation",
     "Scaling",
@@ -43,6 +58,9 @@ __all__ = [
     "SplitPrior",
     "Squeeze",
     "StandardNormal",
+    "Sylvester",
+    "SylvesterParameters",
+    "WeightNormConv2d",
     "Weights",
     "debug",
     "inverse_error",
