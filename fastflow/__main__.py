@@ -26,8 +26,8 @@ COMMANDS = {
     "info": Command("fastflow.info", "add_arguments", "run", "what is installed and which backends can run here"),
     "verify": Command("fastflow.testing.cli", "add_arguments", "run", "check every kernel on this machine"),
     "bench": Command("fastflow.bench.cli", "add_arguments", "run", "measure every kernel on this machine"),
-    "train": Command("fastflow.train.cli", "add_train_arguments", "run_train", "train a flow on images"),
-    "sample": Command("fastflow.train.cli", "add_sample_arguments", "run_sample", "draw samples from a trained flow"),
+    "train": Command("fastflow.train.cli", "add_train_arguments", "run_train", "train a model"),
+    "sample": Command("fastflow.train.cli", "add_sample_arguments", "run_sample", "draw samples from a trained model"),
 }
 
 
@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
     chosen = next((word for word in argv if not word.startswith("-")), None)
     arguments = parser(chosen).parse_args(argv)
-    from fastflow.train.errors import UserError
+    from fastflow.errors import UserError
 
     try:
         return arguments.run(arguments)

@@ -33,3 +33,29 @@ def emulated(libraries, monkeypatch, tmp_path):
     before = load.use_driver(emulation.Emulation(libraries))
     yield load.driver()
     load.use_driver(before)
+
+
+@pytest.fixture(scope="session")
+def digits():
+    from fastflow.train import load_data
+
+    return load_data("digits")
+
+
+@pytest.fixture
+def one_thread():
+    """For models that are too small to share."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def standins():
+    """The models of standins.py have recipes."""
+    from standins import mount, unmount
+
+    mount()
+    yield
+    unmount()

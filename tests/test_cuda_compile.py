@@ -11,7 +11,7 @@ from fastflow.__main__ import main
 from fastflow.bench import nvrtc, resources
 from fastflow.ops.cuda import FAMILIES, source
 from fastflow.ops.cuda.instances import USUAL, Instance
-from fastflow.train.errors import MissingPackage
+from fastflow.errors import MissingPackage
 
 NVCC = os.environ.get("CUDACXX") or shutil.which("nvcc")
 REDUCTIONS = ("gaussian_log_prob_fwd", "gaussian_kl_fwd")  # which store a number per sample

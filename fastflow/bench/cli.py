@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from fastflow.train.errors import MissingPackage, UserError
+from fastflow.errors import MissingPackage, UserError
 
 __all__ = ["add_arguments", "measure", "run"]
 

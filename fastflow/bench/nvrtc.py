@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from fastflow.ops.cuda.load import OPTIONS
-from fastflow.train.errors import MissingPackage
+from fastflow.errors import MissingPackage
 
 BY_CUPY = ("--device-as-default-execution-space", "-ftz=true")  # what CuPy adds of its own
 

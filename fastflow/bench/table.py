@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["align", "markdown", "text"]
+__all__ = ["align", "between", "markdown", "text"]
 
 BEGIN, END = "<!-- benchmark: begin -->", "<!-- benchmark: end -->"
 GPU_BEGIN, GPU_END = "<!-- gpu benchmark: begin -->", "<!-- gpu benchmark: end -->"
@@ -129,14 +129,17 @@ def main(*paths: str) -> None:
         if result.get("device") == "cpu":
             raise SystemExit(f"{path}: made on the CPU to test the program, not figures of a GPU")
         tables.setdefault((GPU_BEGIN, GPU_END) if "device" in result else (BEGIN, END), []).append(markdown(result))
-    text = document.read_text()
     for (begin, end), made in tables.items():
-        before, found, rest = text.partition(begin)
-        _, closed, after = rest.partition(end)
-        if not found or not closed:
-            raise SystemExit(f"{document}: expected the lines {begin} and {end}")
-        text = f"{before}{begin}\n" + "\n\n".join(made) + f"\n{end}{after}"
-    document.write_text(text)
+        document.write_text(between(document, begin, end, "\n\n".join(made)))
+
+
+def between(document: Path, begin: str, end: str, made: str) -> str:
+    """The text of the document with `made` between these two lines of it."""
+    before, found, rest = document.read_text().partition(begin)
+    _, closed, after = rest.partition(end)
+    if not found or not closed:
+        raise SystemExit(f"{document}: expected the lines {begin} and {end}")
+    return f"{before}{begin}\n{made}\n{end}{after}"
 
 
 if __name__ == "__main__":

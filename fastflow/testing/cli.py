@@ -11,7 +11,7 @@ import torch
 
 from fastflow.ops import _backend
 from fastflow.testing import CASES, CHECKS, DTYPES, Case, cases
-from fastflow.train.errors import UserError
+from fastflow.errors import UserError
 
 __all__ = ["able", "add_arguments", "run", "verify"]
 

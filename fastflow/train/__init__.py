@@ -1,26 +1,33 @@
-"""Training flows on images: data, the loop, checkpoints, and the recipes behind `fastflow train`.
+"""Training models on images, rows and audio: data, the loop, checkpoints, and the recipes behind `fastflow train`.
 
 Needs the extra `pip install fastflow[train]`; importing this does not.
 """
 
 from .config import TrainConfig
-from .data import Images, load_data
+from .data import Audio, Dataset, Images, Patches, Rows, load_data
 from .errors import MissingPackage, NonFiniteLoss, UserError
-from .loop import Result, evaluate, train
+from .loop import Result, evaluate, final_figure, train
 from .pixels import bits_per_dim
-from .recipes import RECIPES, Recipe, load_model
+from .recipe import Recipe, load_model
+from .recipes import PUBLISHED, RECIPES
 
 __all__ = [
+    "PUBLISHED",
     "RECIPES",
+    "Audio",
+    "Dataset",
     "Images",
     "MissingPackage",
     "NonFiniteLoss",
+    "Patches",
     "Recipe",
     "Result",
+    "Rows",
     "TrainConfig",
     "UserError",
     "bits_per_dim",
     "evaluate",
+    "final_figure",
     "load_data",
     "load_model",
     "train",

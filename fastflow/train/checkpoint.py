@@ -35,9 +35,9 @@ def save_checkpoint(directory: str | Path, meta: dict[str, Any], tensors: dict[s
     blob = encode({name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()})
     digest = hashlib.sha256(blob).hexdigest()
     file = f"{meta['step']:08d}-{digest[:12]}.safetensors"
-    _write(directory / file, blob)
+    write_file(directory / file, blob)
     index = {"format": FORMAT, "tensors": file, "sha256": digest, **meta}
-    _write(directory / _INDEX, json.dumps(index, indent=1, allow_nan=False).encode())
+    write_file(directory / _INDEX, json.dumps(index, indent=1, allow_nan=False).encode())
     for path in directory.iterdir():  # what this checkpoint replaced, and drafts of crashed writes
         if path.suffix in (".safetensors", ".draft") and path.name != file:
             path.unlink(missing_ok=True)
@@ -71,7 +71,7 @@ def load_checkpoint(directory: str | Path) -> tuple[dict[str, Any], dict[str, Te
     return meta, decode(blob)
 
 
-def _write(path: Path, blob: bytes) -> None:
+def write_file(path: Path, blob: bytes) -> None:
     """Writes `path` so that a crash leaves the old file or the new one, on disk, never a part."""
     draft = path.with_name(path.name + ".draft")
     with open(draft, "wb") as file:

@@ -1,24 +1,29 @@
 """`fastflow train` and `fastflow sample`: arguments, and what they run."""
 
 import argparse
+import json
+import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from .checkpoint import has_checkpoint, load_checkpoint
 from .config import TrainConfig
-from .data import NAMES, Images, load_data
+from .data import BUNDLED, NAMES, Dataset, load_data
 from .errors import MissingPackage, NonFiniteLoss, UserError
-from .figures import draw_curve, draw_samples
-from .loop import Result, train
+from .figures import draw_curve
+from .loop import Result, final_figure, train
 from .parallel import choose_device, process_group, rank
-from .pixels import histogram_bits, quantize
-from .recipes import RECIPES, build_model, find_recipe, load_model, model_config
+from .recipe import Recipe, build_model, find_recipe, load_model, model_config
+from .recipes import RECIPES
+from .record import write_result
+from .sampling import default_name, write_samples
 
 _TEMPERATURES = (0.5, 0.7, 0.9, 1.0)
 _SETTINGS = ("epochs", "steps", "batch_size", "lr", "seed", "bf16", "eval_every", "checkpoint_every")
@@ -30,9 +35,22 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of `fastflow train`; those left out are the recipe's."""
     parser.add_argument("model", metavar="MODEL", help=f"what to train: {', '.join(RECIPES)}")
     parser.add_argument(
-        "--data", metavar="NAME", required=True, help=f"data set: {', '.join(NAMES)} (digits needs no files)"
+        "--data",
+        metavar="NAME",
+        required=True,
+        help=f"data set: {', '.join(NAMES)} ({', '.join(BUNDLED)} need no files)",
     )
-    parser.add_argument("--root", metavar="PATH", type=Path, help="folder of the IDX files or images, or the .npz file")
+    parser.add_argument("--root", metavar="PATH", type=Path, help="the folder or file of the data set")
+    parser.add_argument(
+        "--published", action="store_true", default=False, help="the recipe of the paper, instead of the short one"
+    )
+    parser.add_argument(
+        "--set",
+        metavar="NAME=VALUE",
+        action="append",
+        default=[],
+        help="an argument of the model other than the recipe's; VALUE is JSON or a word; may be repeated",
+    )
     parser.add_argument("--size", type=int, metavar="N", help="centre-crop images and resize them to N x N")
     parser.add_argument(
         "--out", metavar="DIR", type=Path, required=True, help="folder for checkpoint, metrics and figures"
@@ -40,9 +58,9 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--resume", action="store_true", default=False, help="go on from the checkpoint in --out, as if never stopped"
     )
-    parser.add_argument("--epochs", type=int, metavar="N", help="passes over the training images")
+    parser.add_argument("--epochs", type=int, metavar="N", help="passes over the training samples")
     parser.add_argument("--steps", type=int, metavar="N", help="optimiser steps, instead of epochs")
-    parser.add_argument("--batch-size", type=int, metavar="N", help="images in a step, over all ranks together")
+    parser.add_argument("--batch-size", type=int, metavar="N", help="samples in a step, over all ranks together")
     parser.add_argument("--lr", type=float, metavar="X", help="learning rate after warm-up")
     parser.add_argument("--seed", type=int, metavar="N", help="seed of weights, order and noise")
     parser.add_argument("--bf16", action="store_true", default=None, help="train under bfloat16 autocast")
@@ -66,10 +84,9 @@ def add_sample_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--out",
-        metavar="FILE.png",
+        metavar="FILE",
         type=Path,
-        default=Path("samples.png"),
-        help="picture to write (default: %(default)s)",
+        help="file to write: .png for images and points, .csv or .npz for rows, .wav for audio (default: samples.*)",
     )
     parser.add_argument(
         "--temperature",
@@ -77,15 +94,17 @@ def add_sample_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         metavar="T",
         default=list(_TEMPERATURES),
-        help="factor on the standard deviation of the noise, one row of samples for each (default: 0.5 0.7 0.9 1)",
+        help="factor on the standard deviation of the noise, so many samples for each (default: 0.5 0.7 0.9 1)",
     )
-    parser.add_argument("--n", type=int, default=12, metavar="N", help="samples in a row (default: %(default)s)")
+    parser.add_argument(
+        "--n", type=int, metavar="N", help="samples (default: 12 images, 2000 points, 1000 rows, 4 clips)"
+    )
     parser.add_argument(
         "--seed",
         type=int,
         default=0,
         metavar="N",
-        help="seed of the noise, the same in every row (default: %(default)s)",
+        help="seed of the noise, the same at every temperature (default: %(default)s)",
     )
     parser.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1 (default: cuda if any)")
 
@@ -97,8 +116,9 @@ def run_train(args: argparse.Namespace) -> int:
     """
     with _one_line():
         device = choose_device(args.device)
-        data = load_data(args.data, args.root, size=args.size)
-        model, config = _prepare(args, data, device)
+        recipe = find_recipe(args.model, args.data, args.published)
+        data = load_data(args.data, args.root, size=args.size, **recipe.data)
+        model, config = _prepare(args, recipe, data, device)
     with process_group(device):
         first = rank() == 0
         try:
@@ -110,30 +130,33 @@ def run_train(args: argparse.Namespace) -> int:
     if result.interrupted:
         return INTERRUPTED
     if first:
-        _summarise(args.out, data, result)
+        _summarise(args, recipe, data, config, result, device)
     return 0
 
 
 def run_sample(args: argparse.Namespace) -> int:
-    """Writes a picture of samples from a checkpoint; 0.
+    """Writes samples from a checkpoint, in the form of the data it was trained on; 0.
 
     Raises `UserError` for a mistake in the arguments or a checkpoint that cannot be used.
     """
-    if args.n < 1 or any(not t >= 0 for t in args.temperature):
+    if (args.n is not None and args.n < 1) or any(not t >= 0 for t in args.temperature):
         raise UserError(
             f"expected --n of at least 1 and temperatures of at least 0, got {args.n} and {args.temperature}"
         )
     with _one_line():
         model, meta = load_model(args.checkpoint, choose_device(args.device))
-        _draw(model, meta["data"]["levels"], args.temperature, args.n, args.seed, args.out)
-    print(f"wrote {args.out}: {args.n} samples at temperature {', '.join(f'{t:g}' for t in args.temperature)}")
+        out = args.out or Path(default_name(meta["data"]))
+        n = write_samples(model, meta["data"], out, args.temperature, args.n, args.seed)
+    print(f"wrote {out}: {n} samples at temperature {', '.join(f'{t:g}' for t in args.temperature)}")
     return 0
 
 
-def _prepare(args: argparse.Namespace, data: Images, device: torch.device) -> tuple[nn.Module, TrainConfig]:
+def _prepare(
+    args: argparse.Namespace, recipe: Recipe, data: Dataset, device: torch.device
+) -> tuple[nn.Module, TrainConfig]:
     """The model and the settings: from the recipe, or from the checkpoint to resume."""
     given = {name: getattr(args, name) for name in _SETTINGS if getattr(args, name) is not None}
-    recipe = find_recipe(args.model, args.data)
+    changes = _changes(args.set)
     if args.out.exists() and not args.out.is_dir():
         raise UserError(f"--out {args.out}: expected a folder, found a file")
     if args.resume:
@@ -146,36 +169,84 @@ def _prepare(args: argparse.Namespace, data: Images, device: torch.device) -> tu
         base = TrainConfig(**meta["config"])
         if "epochs" in given:
             base = replace(base, steps=None)
+        for key, value in changes.items():
+            if arguments.get(key) != value:
+                raise UserError(f"--set {key}: {value!r}, but the run to resume has {arguments.get(key)!r}")
     else:
-        name, arguments = recipe.model, model_config(recipe, data.shape)
+        name, arguments = recipe.model, model_config(recipe, data, changes)
         base = recipe.train
     config = replace(base, **given)
     torch.manual_seed(config.seed)
     return build_model(name, arguments).to(device), config
 
 
-def _summarise(out: Path, data: Images, result: Result) -> None:
-    baseline = histogram_bits(data.train, data.held_out, data.levels)
-    print(f"step {result.step}: {result.held_out:.4f} bits/dim held out (per-pixel histogram: {baseline:.4f})")
+def _changes(given: list[str]) -> dict[str, Any]:
+    """The arguments of `--set NAME=VALUE`."""
+    changes = {}
+    for text in given:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise UserError(f"--set {text}: expected NAME=VALUE")
+        try:
+            changes[name] = json.loads(value)
+        except ValueError:
+            changes[name] = value
+    return changes
+
+
+def _summarise(
+    args: argparse.Namespace, recipe: Recipe, data: Dataset, config: TrainConfig, result: Result, device: torch.device
+) -> None:
+    """What the run reached: printed, recorded, drawn."""
+    out = args.out
+    model, meta = load_model(out, device)
+    naive = data.baseline()
+    figure = final_figure(model, data, config)
+    part = "held-out" if data.test is None else "test"
+    count = min(len(data.final), config.final or len(data.final))
+    print(f"step {result.step}: {figure:.4f} {data.unit} on {count} {part} samples ({naive[1]}: {naive[0]:.4f})")
+    write_result(
+        out,
+        command=_command(args, recipe, data, model, config),
+        model=model,
+        data=meta["data"],
+        config=config,
+        result=result,
+        figure=(figure, f"{count} {part}"),
+        unit=data.unit,
+        naive=naive,
+        published=recipe.published(model.config) if callable(recipe.published) else recipe.published,
+    )
     try:
-        draw_curve(out / "metrics.jsonl", out / "curve.png", baseline)
-        model, _ = load_model(out)
-        _draw(model, data.levels, _TEMPERATURES, 12, 0, out / "samples.png")
-    except (MissingPackage, ValueError) as error:  # the run itself is safe in its checkpoint
+        draw_curve(out / "metrics.jsonl", out / "curve.png", naive, data.unit)
+        samples = out / default_name(meta["data"])
+        write_samples(model, meta["data"], samples, _TEMPERATURES)
+    except (MissingPackage, UserError) as error:  # the run itself has succeeded
         print(f"fastflow: figures left out: {error}", file=sys.stderr)
     else:
-        print(f"wrote {out}: checkpoint/, metrics.jsonl, curve.png, samples.png")
+        print(f"wrote {out}: checkpoint/, metrics.jsonl, result.json, curve.png, {samples.name}")
 
 
-def _draw(model: nn.Module, levels: int, temperatures: list[float], n: int, seed: int, path: Path) -> None:
-    """The same noise at every temperature, so that a column shows one sample cooling down."""
-    device, rows = next(model.parameters()).device, []
-    for temperature in temperatures:
-        generator = torch.Generator(device).manual_seed(seed)
-        with torch.no_grad():
-            x = model.sample(n, temperature=temperature, generator=generator)
-        rows.append(quantize(x, levels).cpu())
-    draw_samples(rows, temperatures, levels, path)
+def _command(args: argparse.Namespace, recipe: Recipe, data: Dataset, model: nn.Module, config: TrainConfig) -> str:
+    """The command that repeats this run, however it came about; of paths only the last part."""
+    words = ["fastflow", "train", args.model, "--data", args.data]
+    if args.root is not None:
+        words += ["--root", args.root.name]
+    if args.size is not None:
+        words += ["--size", str(args.size)]
+    words += ["--published"] * args.published
+    usual = build_model(recipe.model, model_config(recipe, data)).config
+    for name, value in model.config.items():
+        if value != usual[name]:
+            words += ["--set", f"{name}={value if isinstance(value, str) else json.dumps(value)}"]
+    for name in _SETTINGS:
+        value = getattr(config, name)
+        if value == getattr(recipe.train, name) or (name == "epochs" and config.steps):
+            continue
+        words.append(f"--{name.replace('_', '-')}")
+        if not isinstance(value, bool):
+            words.append(f"{value:g}" if isinstance(value, float) else str(value))
+    return shlex.join(words)
 
 
 @contextmanager

@@ -1,24 +1,9 @@
-"""The errors that the training commands answer with one line instead of a traceback."""
+"""The errors of a training run; those of every command are in `fastflow.errors`."""
 
-import importlib
-from types import ModuleType
+from fastflow.errors import MissingPackage, UserError, need
 
-
-class UserError(ValueError):
-    """A mistake of the caller, said in one line; the command line prints it and exits with 2."""
-
-
-class MissingPackage(UserError, ImportError):
-    """An optional package that this step needs is not installed."""
+__all__ = ["MissingPackage", "NonFiniteLoss", "UserError", "need"]
 
 
 class NonFiniteLoss(RuntimeError):
-    """The loss or the gradient became infinite or NaN; the last checkpoint is intact."""
-
-
-def need(module: str, package: str) -> ModuleType:
-    """Imports an optional `module`; raises `MissingPackage` naming the `package` and the extra."""
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise MissingPackage(f"this needs {package}, which is not installed: pip install 'fastflow[train]'") from error
+    """The loss, its gradient or a weight became infinite or NaN; the last checkpoint is intact."""

@@ -1,10 +1,10 @@
-"""The two pictures of a run: samples at several temperatures, and the training curve."""
+"""The pictures of a run: samples at several temperatures, points in the plane, and the training curve."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .errors import need
 from .metrics import read_metrics
@@ -41,8 +41,45 @@ def _strip(images: Tensor, levels: int):
     return strip.reshape(3, height, -1)[..., :-_GAP].permute(1, 2, 0).numpy()
 
 
-def draw_curve(metrics: str | Path, path: str | Path, baseline: float | None = None) -> None:
-    """Writes a PNG of bits/dim over steps from `metrics.jsonl`, with a dashed `baseline`."""
+def draw_points(
+    drawn: Sequence[Tensor], temperatures: Sequence[float], path: str | Path, model: nn.Module | None = None
+) -> None:
+    """Writes a PNG: a panel of points [N, 2] for every temperature, and one of the density of `model` if given."""
+    figure = _figure(3 * (len(drawn) + (model is not None)), 3.2)
+    axes = figure.subplots(1, len(drawn) + (model is not None), squeeze=False, sharex=True, sharey=True)[0]
+    spread = torch.cat([torch.quantile(x, torch.tensor([0.002, 0.998]), dim=0) for x in drawn])
+    low, high = spread.amin(0), spread.amax(0)
+    low, high = low - 0.15 * (high - low) - 1e-3, high + 0.15 * (high - low) + 1e-3
+    for axis, x, temperature in zip(axes, drawn, temperatures, strict=False):
+        axis.scatter(*x.T.numpy(), s=1.5, lw=0, alpha=0.6)
+        axis.set(title=f"T = {temperature:g}", xlim=(low[0], high[0]), ylim=(low[1], high[1]), aspect="equal")
+    if model is not None:
+        axes[-1].imshow(
+            _density(model, low, high),
+            origin="lower",
+            extent=(low[0], high[0], low[1], high[1]),
+            interpolation="bilinear",
+        )
+        axes[-1].set(title="density", aspect="equal")
+    figure.savefig(path, dpi=150)
+
+
+@torch.no_grad()
+def _density(model: nn.Module, low: Tensor, high: Tensor, side: int = 160):
+    """p(x) on a grid, [side, side], rows along the second variable."""
+    x, y = (torch.linspace(float(low[k]), float(high[k]), side) for k in (0, 1))
+    grid = torch.stack(torch.meshgrid(x, y, indexing="xy"), 2).view(-1, 2)
+    device = next(model.parameters()).device
+    return model(grid.to(device)).exp().view(side, side).cpu().numpy()
+
+
+def draw_curve(
+    metrics: str | Path,
+    path: str | Path,
+    baseline: tuple[float, str] | None = None,
+    unit: str = "bits/dim",
+) -> None:
+    """Writes a PNG of the loss in `unit` over steps from `metrics.jsonl`, with a dashed `baseline` and its name."""
     records = read_metrics(Path(metrics))
     train = [(r["step"], r["train"]) for r in records if "train" in r]
     held_out = [(r["step"], r["held_out"]) for r in records if "held_out" in r]
@@ -53,12 +90,12 @@ def draw_curve(metrics: str | Path, path: str | Path, baseline: float | None = N
     if held_out:
         axis.plot(*zip(*held_out, strict=True), "o-", ms=3, label="held out, averaged weights")
     if baseline is not None:
-        axis.axhline(baseline, ls="--", color="black", lw=1, label="per-pixel histogram")
+        axis.axhline(baseline[0], ls="--", color="black", lw=1, label=baseline[1])
     if train:  # the first steps are far above everything that follows
         values = sorted(value for _, value in train + held_out)
-        low, high = min(values[0], baseline or values[0]), values[int(0.97 * (len(values) - 1))]
+        low, high = min(values[0], baseline[0] if baseline else values[0]), values[int(0.97 * (len(values) - 1))]
         axis.set_ylim(low - 0.05 * (high - low) - 1e-3, high + 0.15 * (high - low) + 1e-3)
-    axis.set(xlabel="step", ylabel="bits per dimension")
+    axis.set(xlabel="step", ylabel=unit)
     axis.grid(alpha=0.3)
     axis.legend()
     figure.savefig(path, dpi=150)

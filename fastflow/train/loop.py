@@ -1,12 +1,13 @@
 """The training loop: one process, or one of several under torchrun.
 
-What happens in step k is a function of the settings and k alone: the order of the images, the
-dequantisation noise and the seed of the model's own random numbers come from hashes (`noise.py`).
+What happens in step k is a function of the settings and k alone: the order of the samples, the
+noise on them and the seed of the model's own random numbers come from hashes (`noise.py`).
 So a resumed run repeats the run that did not stop bit for bit, and two ranks see the global batch
 that one process would see.
 """
 
 import math
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import count
@@ -18,41 +19,44 @@ from torch import Tensor, nn
 
 from . import noise
 from .config import TrainConfig
-from .data import Images
-from .errors import NonFiniteLoss, UserError
+from .data import Dataset
+from .errors import UserError
 from .interrupt import stop_on_signal
 from .metrics import append_metrics, truncate_metrics
 from .parallel import rank, total, world, wrap
-from .pixels import bits_per_dim, dequantize
 from .progress import Progress
-from .state import State, average, copy_buffers, restore, save, shuffled, start, training_batch
+from .state import State, average, copy_buffers, diverged, judge, restore, save, shuffled, start, training_batch
 
 _SETTLE_EVERY = 10  # steps between the moments at which the host waits for the device
 
 
 @dataclass(frozen=True)
 class Result:
-    """What `train` hands back: steps done, last held-out bits/dim, whether it was interrupted."""
+    """What `train` hands back: steps done, last held-out figure in the data's unit, whether it was interrupted, and
+    the seconds it took, those before a resumption included."""
 
     step: int
     held_out: float | None
     interrupted: bool
+    seconds: float = 0.0
 
 
 def train(
     model: nn.Module,
-    data: Images,
+    data: Dataset,
     config: TrainConfig,
     out: str | Path,
     *,
     resume: bool = False,
     progress: bool = True,
 ) -> Result:
-    """Trains a flow on images by maximum likelihood, on the device its parameters are on.
+    """Trains a model by maximum likelihood, on the device its parameters are on.
 
     Args:
-        model: a flow with `forward(x) -> log p(x) [B]` in nats for x [B, C, H, W] in [-0.5, 0.5),
-            `initialize(x)`, and `config`, the arguments it was constructed from.
+        model: `forward(x)` gives log p(x), or a lower bound of it, [B] in nats; `initialize(x)` takes the first
+            batch; `config` has the arguments it was constructed from. It may have a loss of its own,
+            `loss(x, progress)` in nats, [B] or its mean, with `progress` in [0, 1) the part of the run that is over
+            (for a warm-up); evaluations use `forward`.
         data: from `load_data`.
         config: the settings; a resumed run may change only how long it goes on.
         out: a folder that receives `metrics.jsonl` and `checkpoint/`.
@@ -62,8 +66,9 @@ def train(
     Under an initialised process group every rank takes its share of each batch. Ctrl-C and SIGTERM
     finish the current step and write a checkpoint.
 
-    Raises `NonFiniteLoss` naming step and learning rate when the loss or the norm of the gradient
-    is not finite, `UserError` when settings, data, folder and checkpoint do not fit together.
+    Raises `NonFiniteLoss` naming step and learning rate when the loss, the norm of the gradient, a
+    held-out figure or what would go into a checkpoint is not finite, `UserError` when settings,
+    data, folder and checkpoint do not fit together.
     """
     out = Path(out)
     if config.batch_size % world():
@@ -75,18 +80,18 @@ def train(
     if rank() == 0:
         out.mkdir(parents=True, exist_ok=True)
         truncate_metrics(out / "metrics.jsonl", state.step)
-    forward = wrap(model)
+    objective = wrap(_Objective(model))
     device = next(model.parameters()).device
-    bar = Progress(steps, state.step, progress and rank() == 0)
+    bar = Progress(steps, state.step, progress and rank() == 0, data.unit)
     pending: list[tuple[float, Tensor, Tensor]] = []  # of the steps since the last settling
-    stopped = False
+    stopped, begun = False, time.monotonic() - state.seconds
     own_rng = torch.random.fork_rng([device] if device.type == "cuda" else [])
     with stop_on_signal(insist=world() == 1) as stop, own_rng, bar:
-        while state.step < steps and not stopped:
+        while state.step < steps and not stopped and not state.lapsed(config):
             x = _next_batch(data, config, state.step, per_epoch, device)
             torch.manual_seed(noise.key(config.seed, noise.STEP, state.step, rank()))
-            lr = config.lr_at(state.step, steps)
-            pending.append((lr, *_update(forward, state, x, data, config, lr)))
+            lr = config.lr_at(state.step, steps, per_epoch)
+            pending.append((lr, *_update(objective, state, x, state.step / steps, data, config, lr)))
             state.step += 1
             evaluating = _due(state.step, config.eval_every or per_epoch, steps)
             saving = _due(state.step, config.checkpoint_every or per_epoch, steps)
@@ -102,42 +107,73 @@ def train(
                 bar.say(
                     f"step {state.step:6d}   epoch {state.step / per_epoch:6.2f}   "
                     f"train {records[-2]['train']:.3f}   "
-                    f"held-out {state.held_out:.3f} bits/dim"
+                    f"held-out {state.held_out:.3f} {data.unit}"
                 )
             if rank() == 0:
                 append_metrics(out / "metrics.jsonl", records)
-            if saving or stopped:
-                state.saved = state.step
+            if saving or stopped or state.lapsed(config):
+                state.seconds = time.monotonic() - begun
                 if rank() == 0:
                     save(state, data, config, out / "checkpoint")
+                state.saved = state.step
+        if state.lapsed(config):
+            bar.say(f"no better than {state.best:.3f} {data.unit} in {state.stale} evaluations: ended")
         if stopped:
             bar.say(f"stopped after step {state.step}; --resume goes on from {out / 'checkpoint'}")
-    return Result(state.step, state.held_out, stopped)
+    return Result(state.step, state.held_out, stopped, state.seconds)
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, data: Images, *, batch_size: int = 256, seed: int = 0) -> float:
-    """Bits per dimension of `model` on `data.held_out`, in full precision.
+def evaluate(
+    model: nn.Module,
+    data: Dataset,
+    *,
+    batch_size: int = 256,
+    seed: int = 0,
+    part: Tensor | None = None,
+    score: Callable[[Tensor], Tensor] | None = None,
+) -> float:
+    """Cost of `model` on `data.held_out`, or another `part` of the data, in the data's unit and in full precision.
 
     The same noise every time, so that two evaluations differ by the model alone. Under a process
-    group every rank takes a share, and all return the result.
+    group every rank takes a share, and all return the result. `score` replaces the model's `forward`.
     """
     device, training = next(model.parameters()).device, model.training
+    part, score = data.held_out if part is None else part, score or model
     model.eval()
-    bits = torch.zeros((), dtype=torch.float64, device=device)
-    for index in torch.arange(rank(), len(data.held_out), world()).split(batch_size):
-        u = noise.uniform(noise.key(seed, noise.HELD_OUT), index.to(device), data.dims)
-        x = dequantize(data.held_out[index].to(device), data.levels, u)
-        bits += bits_per_dim(model(x).double(), data.dims, data.levels).sum()
+    cost = torch.zeros((), dtype=torch.float64, device=device)
+    key = noise.key(seed, noise.HELD_OUT)
+    for number, index in enumerate(torch.arange(rank(), len(part), world()).split(batch_size)):
+        x = data.inputs(part[index].to(device), index.to(device), key)
+        with noise.own_generator(device, seed, noise.HELD_OUT, number, rank()):
+            cost += data.cost(score(x).double()).sum()
     model.train(training)
-    return total(bits).item() / len(data.held_out)
+    return total(cost).item() / len(part)
+
+
+def final_figure(model: nn.Module, data: Dataset, config: TrainConfig) -> float:
+    """The cost on `data.test` (`held_out` where there is none), by the model's `evaluate(x)` [B] in nats if it has one,
+    such as an importance-sampled likelihood where `forward` is a bound."""
+    part = data.final[: config.final]
+    return evaluate(model, data, batch_size=100, seed=config.seed, part=part, score=getattr(model, "evaluate", None))
 
 
 def _due(step: int, every: int, steps: int) -> bool:
     return step % every == 0 or step == steps
 
 
-def _next_batch(data: Images, config: TrainConfig, step: int, per_epoch: int, device: torch.device) -> Tensor:
+class _Objective(nn.Module):
+    """What is maximised, as a module: DistributedDataParallel wraps a `forward`."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor, progress: float) -> Tensor:
+        return -self.model.loss(x, progress) if hasattr(self.model, "loss") else self.model(x)
+
+
+def _next_batch(data: Dataset, config: TrainConfig, step: int, per_epoch: int, device: torch.device) -> Tensor:
     """This rank's share of the batch that follows `step` finished steps."""
     epoch, position = divmod(step, per_epoch)
     share = config.batch_size // world()
@@ -147,22 +183,23 @@ def _next_batch(data: Images, config: TrainConfig, step: int, per_epoch: int, de
 
 
 def _update(
-    forward: Callable[[Tensor], Tensor],
+    objective: Callable[[Tensor, float], Tensor],
     state: State,
     x: Tensor,
-    data: Images,
+    progress: float,
+    data: Dataset,
     config: TrainConfig,
     lr: float,
 ) -> tuple[Tensor, Tensor]:
-    """One optimiser step on `x`: (bits/dim, norm of its gradient), both still on the device."""
+    """One optimiser step on `x`: (mean loss, norm of its gradient), both still on the device."""
     for group in state.optimizer.param_groups:
         group["lr"] = lr
     with torch.autocast(x.device.type, torch.bfloat16, enabled=config.bf16):
-        log_prob = forward(x)
-    loss = bits_per_dim(log_prob, data.dims, data.levels).mean()
+        log_prob = objective(x, progress)
+    loss = data.cost(log_prob).mean()
     state.optimizer.zero_grad()
     loss.backward()
-    norm = nn.utils.clip_grad_norm_(state.model.parameters(), config.clip)
+    norm = nn.utils.clip_grad_norm_(state.model.parameters(), config.clip or math.inf)
     state.optimizer.step()
     average(state, config.ema)
     return loss.detach(), norm.detach()
@@ -182,21 +219,14 @@ def _settle(
     first = state.step - len(pending)
     for step, (lr, *_), (loss, norm) in zip(count(first), pending, figures, strict=False):
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise _diverged(f"loss {loss} and gradient norm {norm}", step + 1, lr, state)
+            raise diverged(f"loss {loss} and gradient norm {norm}", state, step + 1, lr)
         records.append({"step": step + 1, "epoch": step // per_epoch, "train": loss, "grad_norm": norm, "lr": lr})
     return records, asks[0] > 0
 
 
-def _evaluate(state: State, data: Images, config: TrainConfig) -> None:
+def _evaluate(state: State, data: Dataset, config: TrainConfig) -> None:
     copy_buffers(state)
     state.held_out = evaluate(state.ema, data, seed=config.seed)
     if not math.isfinite(state.held_out):
-        lr = state.optimizer.param_groups[0]["lr"]
-        raise _diverged(f"held-out bits/dim {state.held_out}", state.step, lr, state)
-
-
-def _diverged(what: str, step: int, lr: float, state: State) -> NonFiniteLoss:
-    kept = (
-        "no checkpoint had been written" if state.saved is None else (f"the checkpoint of step {state.saved} is kept")
-    )
-    return NonFiniteLoss(f"{what} at step {step}, learning rate {lr:g}; {kept}")
+        raise diverged(f"held-out {data.unit} {state.held_out}", state)
+    judge(state, config.patience)

@@ -1,7 +1,7 @@
 """Metrics as JSON lines: one object a line, appended, cut back to the checkpoint on resume.
 
 A training step writes `{"step", "epoch", "train", "grad_norm", "lr"}`, an evaluation
-`{"step", "epoch", "held_out"}`; `train` and `held_out` are bits per dimension.
+`{"step", "epoch", "held_out"}`; `train` and `held_out` are in the data's unit.
 """
 
 import json

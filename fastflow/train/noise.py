@@ -5,10 +5,13 @@ of a stream. So they do not depend on how many ranks share a batch, on which dev
 on where a run was stopped, and there is no generator state to save.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
-SPLIT, SHUFFLE, DEQUANTIZE, HELD_OUT, STEP = range(5)  # the second word of a key: what it is for
+SPLIT, SHUFFLE, DEQUANTIZE, HELD_OUT, STEP, BINARIZE = range(6)  # the second word of a key: what it is for
 
 _U = 1 << 16  # 16 bits of noise on 8 bits of pixel is what a float32 holds exactly
 
@@ -55,3 +58,11 @@ def uniform(key: int, index: Tensor, dims: int) -> Tensor:
     """Noise in [0, 1) for the samples `index` [B]: float32 [B, dims] on `index`'s device."""
     counter = index[:, None] * dims + torch.arange(dims, device=index.device)
     return _shift(random_bits(key, counter), 48).float() / _U
+
+
+@contextmanager
+def own_generator(device: torch.device, *words: int) -> Iterator[None]:
+    """torch's global generator, seeded by a key of `words`; the caller's comes back afterwards."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(key(*words))
+        yield

@@ -2,10 +2,10 @@
 
 
 class Progress:
-    """Counts steps; shows the rate, the time left and the latest bits/dim where it can."""
+    """Counts steps; shows the rate, the time left and the latest loss where it can."""
 
-    def __init__(self, total: int, done: int, show: bool) -> None:
-        self._show, self._bar = show, None
+    def __init__(self, total: int, done: int, show: bool, unit: str = "bits/dim") -> None:
+        self._show, self._bar, self._unit = show, None, unit
         if show:
             try:
                 from tqdm import tqdm
@@ -14,9 +14,9 @@ class Progress:
             # disable=None: no bar where the output is not a terminal
             self._bar = tqdm(total=total, initial=done, unit="step", disable=None, leave=False)
 
-    def advance(self, steps: int, bits: float) -> None:
+    def advance(self, steps: int, loss: float) -> None:
         if self._bar is not None:
-            self._bar.set_postfix_str(f"{bits:.3f} bits/dim", refresh=False)
+            self._bar.set_postfix_str(f"{loss:.3f} {self._unit}", refresh=False)
             self._bar.update(steps)
 
     def say(self, line: str) -> None:
