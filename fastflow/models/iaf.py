@@ -8,8 +8,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-
 from fastflow.nn.base import Inverse, Sequential
 from fastflow.nn.base_distribution import StandardNormal
 from fastflow.nn.flow import Flow

@@ -2,16 +2,19 @@
 
 from fastflow.nn.actnorm import ActNorm
 from fastflow.nn.base import Bijection, Inverse, Sequential
-from fastflow.nn.base_distribution import Base, DiagonalGaussian, StandardNormal
+from fastflow.nn.base_distribution import Base, DiagonalGaussian, Logistic, StandardNormal
+from fastflow.nn.batch_norm import BatchNorm
 from fastflow.nn.conv1x1 import InvertibleConv1x1, Weights, weights
 from fastflow.nn.coupling import AdditiveCoupling, AffineCoupling
 from fastflow.nn.debugging import NonFiniteError, debug
 from fastflow.nn.diagnostics import InverseError, inverse_error
 from fastflow.nn.flow import Flow
+from fastflow.nn.logit import Logit
 from fastflow.nn.made import MADE, MaskedLinear
 from fastflow.nn.masked_affine import MaskedAffine
 from fastflow.nn.permutation import Permutation
 from fastflow.nn.reshape import Squeeze
+from fastflow.nn.scaling import Scaling
 from fastflow.nn.split_prior import SplitPrior
 
 __all__ = [
@@ -19,6 +22,7 @@ __all__ = [
     "AdditiveCoupling",
     "AffineCoupling",
     "Base",
+    "BatchNorm",
     "Bijection",
     "DiagonalGaussian",
     "Flow",
@@ -28,8 +32,11 @@ __all__ = [
     "MADE",
     "MaskedAffine",
     "MaskedLinear",
+    "Logistic",
+    "Logit",
     "NonFiniteError",
     "Permutation",
+    "Scaling",
     "Sequential",
     "SplitPrior",
     "Squeeze",

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from fastflow import ops
-from fastflow.ops.autoregressive import reaches_of
 from fastflow.ops import masked
+from fastflow.ops.autoregressive import reaches_of
 from fastflow.ops.masked import ACTIVATIONS, Activation
 
 __all__ = ["MADE", "MaskedLinear", "hidden_degrees"]

@@ -9,9 +9,9 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
+from fastflow.errors import UserError
 from fastflow.ops import _backend
 from fastflow.testing import CASES, CHECKS, DTYPES, Case, cases
-from fastflow.errors import UserError
 
 __all__ = ["able", "add_arguments", "run", "verify"]
 
