@@ -205,8 +205,8 @@ def autoregressive_inverse(
 
     Args:
         z: [B, D], the variables in the order of the autoregression.
-        weights, starts, activation, residual, direct: the network, as :func:`masked_mlp` has it, units sorted by degree;
-            the outputs of a variable lie side by side: (t_1, h_1, t_2, h_2, ...).
+        weights, starts, activation, residual, direct: the network, as :func:`masked_mlp` has it, its units sorted by
+            degree; the outputs of a variable lie side by side: (t_1, h_1, t_2, h_2, ...).
         counts: [L, D + 1], int64: how many units of hidden layer l have a degree of at most d.
         form: the layer, see above.
         scale: s(h), :func:`fastflow.scale_map`; its amplitude may not be learned.

@@ -83,7 +83,8 @@ def _backward(
 ):  # fmt: skip
     gx, ga = torch.empty_like(x, memory_format=torch.contiguous_format), torch.empty_like(saved)
     run(weights, reaches, direct, direct_reach, activation, residual, saved, gy, gx, ga)
-    return [gx, *parameter_grads(outer, x, weights, starts, reaches, direct, direct_reach, activation, residual, saved, gy, ga)]  # fmt: skip
+    net = weights, starts, reaches, direct, direct_reach, activation, residual
+    return [gx, *parameter_grads(outer, x, *net, saved, gy, ga)]
 
 
 def rows(starts: Sequence[Tensor]) -> list[Tensor]:
@@ -106,7 +107,10 @@ def parameter_grads(
         linear = i == 0 or (residual and i == last)
         outer(grads[i], inputs[i], reach, -1 if linear else activation, gweight)
         gweights.append(gweight)
-    gstarts = [g.sum(0) if start.dim() == 1 else g.clone(memory_format=torch.contiguous_format) for g, start in zip(grads, starts, strict=True)]
+    gstarts = [
+        g.sum(0) if start.dim() == 1 else g.clone(memory_format=torch.contiguous_format)
+        for g, start in zip(grads, starts, strict=True)
+    ]
     if direct is None:
         return [*gweights, *gstarts]
     gdirect = torch.empty_like(direct, memory_format=torch.contiguous_format)
