@@ -29,7 +29,7 @@ RECIPES = {
     ),
     "patches": Recipe(
         "MAF",
-        lambda data: _network(data, steps=5, hidden=(256, 256), norm="batch"),
+        lambda data: _network(data, steps=5, hidden=(256, 256), norm="batch", activation="tanh"),
         TrainConfig(steps=3000, batch_size=256, lr=1e-3, clip=None, cooldown=0.7, ema=0.0, weight_decay=1e-6),
         published=(155.69, "MAF, table 1: BSDS300, a million patches and 512 units"),
     ),
