@@ -207,7 +207,7 @@ class MADE(nn.Module):
             counts.append(torch.searchsorted(values, last, right=True))
         counts = torch.stack(counts) if counts else last.new_empty((0, self.features + 1))
         self._set("_counts", counts)
-        *reaches, direct = reaches_of(counts, self.features, self.params)
+        *reaches, direct = reaches_of(counts, self.hidden, self.features, self.params)
         for i, reach in enumerate(reaches):
             self._set(f"_reach_{i}", reach)
         self._set("_direct_reach", direct)

@@ -118,6 +118,12 @@ def parameter_grads(
     return [*gweights, *gstarts, gdirect]
 
 
+def weight_grad_by_library(g: Tensor, x: Tensor, reach: Tensor, activation: int, gweight: Tensor) -> None:
+    """What ``masked_weight_bwd`` is on a GPU: g^T phi(x), and zeros beyond the staircase."""
+    torch.mm(g.t(), x if activation < 0 else activate(activation, x), out=gweight)
+    gweight.masked_fill_(~staircase(reach, gweight.shape[1]), 0)
+
+
 # --- gradient ---------------------------------------------------------------------------------------
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastflow import ops
-from fastflow.ops.autoregressive import reaches_of
+from fastflow.ops.autoregressive import hidden_widths, reaches_of
 from fastflow.ops.scale_map import ScaleMap, scale_map
 from fastflow.testing.case import Case, Inputs
 from fastflow.testing.masked import counts_of, kept, network, orders, reordered
@@ -22,7 +22,7 @@ def _inputs(size: str, **options) -> Inputs:
 
 
 def _counts(x: Tensor, weights: list[Tensor]) -> Tensor:
-    return counts_of([len(w) for w in weights[:-1]], x.shape[1]).to(x.device)
+    return counts_of(hidden_widths(weights), x.shape[1]).to(x.device)
 
 
 def _run(
@@ -46,7 +46,7 @@ def _back(
 ) -> Tensor:
     """The layer itself, in plain PyTorch."""
     value, weights, starts = outputs[0], list(rest.values())[::2], list(rest.values())[1::2]
-    *reaches, reach = reaches_of(_counts(x, weights), x.shape[1], 2)
+    *reaches, reach = reaches_of(_counts(x, weights), hidden_widths(weights), x.shape[1], 2)
     if direct is not None:
         network = {**network, "direct": direct, "direct_reach": reach}
     params = ops.masked_mlp(value, weights, starts, reaches, backend="reference", **network)

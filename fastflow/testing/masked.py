@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastflow import ops
-from fastflow.ops.autoregressive import reaches_of
+from fastflow.ops.autoregressive import hidden_widths, reaches_of
 from fastflow.testing.case import Case, Inputs, randn
 
 SIZES = {"tiny": (3, 3, 5), "odd": (37, 7, 19), "bench": (256, 63, 512)}  # samples, variables, width
@@ -69,8 +69,8 @@ def _run(
     options = {name: rest.pop(name) for name in ("activation", "residual")}
     weights, starts = list(rest.values())[::2], list(rest.values())[1::2]
     x, back = (x, slice(None)) if order is None else reordered(order, x, weights, starts)
-    counts = counts_of([len(w) for w in weights[:-1]], x.shape[1]).to(x.device)
-    *reaches, reach = reaches_of(counts, x.shape[1], each)
+    counts = counts_of(hidden_widths(weights), x.shape[1]).to(x.device)
+    *reaches, reach = reaches_of(counts, hidden_widths(weights), x.shape[1], each)
     options |= {} if direct is None else {"direct": direct, "direct_reach": reach}
     return (ops.masked_mlp(x, weights, starts, reaches, backend=backend, **options)[back],)
 

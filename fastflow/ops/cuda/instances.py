@@ -77,6 +77,13 @@ _GAUSSIAN = {
     "gaussian_sample_bwd": "SampleBackward",
 }
 
+
+
+def _sweeps() -> list[Instance]:
+    kernels = {"autoregressive_fwd": "SweepForward", "autoregressive_bwd": "SweepBackward"}
+    return [Instance("autoregressive", k, a, t, 128) for k, a in kernels.items() for t in _ACCUMULATORS]
+
+
 USUAL = [
     *_steps("coupling", {"coupling_fwd": "CouplingForward", "coupling_bwd": "CouplingBackward"}, _THREE, general=True),
     *_steps("actnorm", {"actnorm_fwd": "ActNormForward"}, _ONE),
@@ -89,5 +96,6 @@ USUAL = [
     *_steps("gaussian", {"gaussian_kl_fwd": "KlForward", "gaussian_kl_bwd": "KlBackward"}, _TWO),
     *_each("trace", {"trace_rows": "Rows", "trace_contract": "Contract"}, _ACCUMULATORS),
     *_steps("trace", {"trace_activation_fwd": "Dual", "trace_activation_bwd": "DualBackward"}, _ACCUMULATORS),
+    *_sweeps(),
     *_each("sums", {"finish_sums": "Finish"}, _ACCUMULATORS),
 ]
