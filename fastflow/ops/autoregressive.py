@@ -94,8 +94,8 @@ def hidden_widths(weights: Sequence[Tensor]) -> list[int]:
 def reaches_of(counts: Tensor, widths: Sequence[int], variables: int, each: int) -> list[Tensor]:
     """How many leading inputs each unit sees, of every layer, and at last each output of the variables themselves.
 
-    counts [L, D + 1]: how many units of hidden layer l, of these widths, have a degree of at most d. A hidden unit of degree g knows the
-    variables 1 ... g, the ``each`` outputs of variable d those before d.
+    counts [L, D + 1]: how many units of hidden layer l, of these widths, have a degree of at most d. A hidden unit of
+    degree g knows the variables 1 ... g, the ``each`` outputs of variable d those before d.
     """
     before, reaches = torch.arange(variables + 1, device=counts.device), []
     for count, width in zip(counts, widths, strict=True):
@@ -126,7 +126,7 @@ def _forward(kernel, z, weights, starts, counts, direct, activation, residual, *
     saved = z.new_empty((sum(w.shape[0] for w in weights[:-1]), z.shape[0]) if save else 0)
     params = z.new_empty((weights[-1].shape[0], z.shape[0]) if save else 0)
     kept = (saved, params) if save else (None, None)
-    kernel(z, weights, masked.rows(starts), counts, direct, activation, residual, *step, x, logdet, *kept)
+    kernel(z, weights, starts, counts, direct, activation, residual, *step, x, logdet, *kept)
     return x, logdet, saved, params
 
 

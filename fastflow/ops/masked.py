@@ -69,7 +69,7 @@ _NET = "Tensor[] weights, Tensor[] starts, Tensor[] reaches, Tensor? direct, Ten
 def _forward(kernel, x, weights, starts, reaches, direct, direct_reach, activation, residual, save):
     y = x.new_empty((x.shape[0], weights[-1].shape[0]))
     saved = x.new_empty((sum(w.shape[0] for w in weights[:-1]), x.shape[0]) if save else 0)
-    kernel(x, weights, rows(starts), reaches, direct, direct_reach, activation, residual, y, saved if save else None)
+    kernel(x, weights, starts, reaches, direct, direct_reach, activation, residual, y, saved if save else None)
     return y, saved
 
 
@@ -88,8 +88,8 @@ def _backward(
 
 
 def rows(starts: Sequence[Tensor]) -> list[Tensor]:
-    """[1 or B, m]"""
-    return [start[None] if start.dim() == 1 else start for start in starts]
+    """All as [1 or B, m]."""
+    return [start.unsqueeze(0) if start.dim() == 1 else start for start in starts]
 
 
 def parameter_grads(

@@ -59,8 +59,8 @@ def reordered(order: Tensor, x: Tensor, weights: list[Tensor], starts: list[Tens
     return x[samples], samples.argsort()
 
 
-def orders(inputs: Inputs) -> Iterator[Inputs]:
-    return ({**inputs, "order": torch.tensor(seed)} for seed in range(12))
+def orders(inputs: Inputs, count: int = 12) -> Iterator[Inputs]:
+    return ({**inputs, "order": torch.tensor(seed)} for seed in range(count))
 
 
 def _run(

@@ -10,7 +10,7 @@ from torch import Tensor
 from fastflow.ops.autoregressive import MOST_LAYERS
 from fastflow.ops.cuda.plan import NULL, Address, Field, Launch, Plan, accumulates, planned
 from fastflow.ops.cuda.source import Instance
-from fastflow.ops.masked import weight_grad_by_library
+from fastflow.ops.masked import rows, weight_grad_by_library
 from fastflow.ops.scale_map import kernel_map
 
 __all__ = ["KERNELS"]
@@ -106,7 +106,7 @@ def autoregressive_fwd(z, weights, starts, counts, direct, activation, residual,
     *step, constants, x, logdet, saved, params = rest
     step = (*step, tuple(constants))
     _forward(
-        z, x, logdet, counts, direct, saved, params, activation, residual, step, len(weights), *weights, *starts
+        z, x, logdet, counts, direct, saved, params, activation, residual, step, len(weights), *weights, *rows(starts)
     )  # fmt: skip
 
 

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastflow.ops import masked
 from fastflow.ops.autoregressive import FORMS
 from fastflow.ops.masked import ACTIVATIONS, weight_grad_by_library
 from fastflow.ops.scale_map import kernel_map
@@ -298,7 +299,7 @@ def autoregressive_fwd(z, weights, starts, counts, direct, activation, residual,
     samples, variables = z.shape
     table, rows = _table(_widths(weights), False, z.device)
     flat = torch.cat([w.reshape(-1) for w in weights])
-    begin = torch.cat([s.expand(samples, -1) for s in starts], 1)
+    begin = torch.cat([s.expand(samples, -1) for s in masked.rows(starts)], 1)
     programs = -(-samples // SAMPLES)
     launch(
         _forward, programs, z,
