@@ -24,8 +24,8 @@ def names(cases):
 
 
 def sizes_of(case):
-    """The layers of a trace run through the emulation for seconds: the ragged sizes of the others find as much."""
-    return ("tiny",) if case.family == "trace" else ("tiny", "odd")
+    """What has layers runs through the emulation for seconds: the ragged sizes of the others find as much."""
+    return ("tiny",) if case.family in ("trace", "autoregressive") else ("tiny", "odd")
 
 
 @pytest.mark.slow

@@ -247,7 +247,7 @@ void inverse(const Sweep<T>& s, const Hidden& net, const Step& step, const View&
     run(
         s, block.values, block.sums, width,
         [&](int64_t l, int64_t from, int64_t to) {
-          fill_start(starts[l], first, count, width, from, to, block.sums[l]);
+          fill_start(start_of(starts[l], s.layers[l].rows), first, count, width, from, to, block.sums[l]);
         },
         [&](int64_t d) {
           const T* row = out + d * s.each * width;
@@ -327,7 +327,7 @@ void inverse_grad(const Sweep<T>& s, const Hidden& net, const Step& step, const 
 }
 
 // --- what Python sees -------------------------------------------------------------------------------
-// z, x [B, D], starts [1 or B, m], counts [L, D + 1], logdet [B], saved and ga [units, B], params [outputs, B]
+// z, x [B, D], starts [m] or [B, m], counts [L, D + 1], logdet [B], saved and ga [units, B], params [outputs, B]
 
 void autoregressive_fwd(const View& z, const std::vector<View>& weights, const std::vector<View>& starts,
                         const View& counts, const View& direct, int activation, bool residual, int form, bool swapped,

@@ -50,7 +50,7 @@ void forward(const Network<T>& net, const View& x, const std::vector<View>& star
     for (int64_t l = 0, row = 0; l <= net.last(); ++l) {
       const Stairs<T>& layer = net.layers[l];
       const int64_t size = layer.rows * width;
-      fill_start(starts[l], first, count, width, 0, layer.rows, sum);
+      fill_start(start_of(starts[l], layer.rows), first, count, width, 0, layer.rows, sum);
       add_stairs(layer, in, sum, width);
       if (l == net.last()) break;
       if (net.hidden.joins(l)) add_to(sum, stream, size);
@@ -152,7 +152,7 @@ void weight_grad(const View& g, const View& x, const Stairs<T>& gweight, int act
 }
 
 // --- what Python sees -------------------------------------------------------------------------------
-// x [B, n], starts [1 or B, m], y [B, m], saved and ga [units, B]
+// x [B, n], starts [m] or [B, m], y [B, m], saved and ga [units, B]
 
 void masked_mlp_fwd(const View& x, const std::vector<View>& weights, const std::vector<View>& starts,
                     const std::vector<View>& reaches, const View& direct, const View& direct_reach, int activation,

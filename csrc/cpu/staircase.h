@@ -137,6 +137,9 @@ void store(const T* from, const View& x, int64_t first, int64_t count, int64_t w
   each_element(x, count, width, mirrored, [&](int64_t b, int64_t i, int64_t k) { at<T>(x, first + b, i) = from[k]; });
 }
 
+// A start [B, n], or [n] for all samples, which becomes [1, n].
+inline View start_of(const View& v, int64_t n) { return n != 1 && v.size[1] == 1 ? turned(v) : v; }
+
 // Rows [first, last) of a block from a start [B, n], or [1, n] for all samples.
 template <class T>
 void fill_start(const View& start, int64_t sample, int64_t count, int64_t width, int64_t first, int64_t last, T* to) {

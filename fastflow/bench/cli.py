@@ -17,7 +17,7 @@ __all__ = ["add_arguments", "measure", "run"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("family", nargs="?", help="coupling, conv1x1, gaussian, trace or glow (default: all)")
+    parser.add_argument("family", nargs="?", help="coupling, conv1x1, gaussian, trace, masked or glow (default: all)")
     parser.add_argument("--compare", metavar="FILE", type=Path, help="an earlier --json: shows how the times changed")
     parser.add_argument("--json", metavar="FILE", type=Path, help="where to keep the figures")
     parser.add_argument("--resources", action="store_true", help="what the CUDA kernels take; no GPU is needed for it")

@@ -8,8 +8,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-
 from fastflow.nn.base import Inverse, Sequential
 from fastflow.nn.base_distribution import StandardNormal
 from fastflow.nn.flow import Flow
@@ -36,6 +34,7 @@ class IAF(Sequential):
         forget_bias: beta of sigma = sigmoid(s + beta); 2 starts near the identity.
         activation: of the networks.
 
+    >>> import torch
     >>> iaf = IAF(4, steps=2, hidden=(32,), context_features=3)
     >>> z0, h = torch.randn(5, 4), torch.randn(5, 3)
     >>> zk, logdet = iaf(z0, h)

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from fastflow import ops
-from fastflow.ops.autoregressive import reaches_of
 from fastflow.ops import masked
+from fastflow.ops.autoregressive import reaches_of
 from fastflow.ops.masked import ACTIVATIONS, Activation
 
 __all__ = ["MADE", "MaskedLinear", "hidden_degrees"]
@@ -150,8 +150,9 @@ class MADE(nn.Module):
         # layers that see the context: the first, and the first of every block
         self._seeing = [0, *range(1, len(hidden), 2)] if residual else [0]
         self.contexts = nn.ModuleList(
-            nn.Linear(context_features, widths[i + 1], bias=context_activation) for i in self._seeing * bool(context_features)
-        )  # fmt: skip
+            nn.Linear(context_features, widths[i + 1], bias=context_activation)
+            for i in (self._seeing if context_features else ())
+        )
         self.register_buffer("order", _order(order, features))
         self.register_buffer("seed", torch.tensor(seed))
         self.register_buffer("draw", torch.tensor(0))
@@ -206,7 +207,7 @@ class MADE(nn.Module):
             counts.append(torch.searchsorted(values, last, right=True))
         counts = torch.stack(counts) if counts else last.new_empty((0, self.features + 1))
         self._set("_counts", counts)
-        *reaches, direct = reaches_of(counts, self.features, self.params)
+        *reaches, direct = reaches_of(counts, self.hidden, self.features, self.params)
         for i, reach in enumerate(reaches):
             self._set(f"_reach_{i}", reach)
         self._set("_direct_reach", direct)
@@ -245,9 +246,9 @@ class MADE(nn.Module):
         """The variables [B, D, ...] in their own order again."""
         return _taken(x, self._back, 1)
 
-    def network(self, context: Tensor | None = None) -> Network:
+    def network(self, context: Tensor | None, batch: int) -> Network:
         """The layers with their units sorted by degree; the context is part of what their sums start from."""
-        parts = dict(zip(self._seeing, self._contexts(context), strict=False))
+        parts = dict(zip(self._seeing, self._contexts(context, batch), strict=False))
         weights, starts, before = [], [], self._variables
         for i, linear in enumerate(self.linears):
             units = getattr(self, f"_units_{i}") if i < len(self.hidden) else self._outputs
@@ -258,12 +259,12 @@ class MADE(nn.Module):
         direct = None if self.direct is None else _permuted(self.direct.weight, self._outputs, self._variables)
         return Network(weights, starts, direct)
 
-    def _contexts(self, context: Tensor | None) -> list[Tensor]:
+    def _contexts(self, context: Tensor | None, batch: int) -> list[Tensor]:
         if not self.context_features:
             return []
-        if context is None or context.dim() != 2 or context.shape[1] != self.context_features:
+        if context is None or tuple(context.shape) != (batch, self.context_features):
             got = "None" if context is None else list(context.shape)
-            raise ValueError(f"context: expected [B, {self.context_features}], got {got}")
+            raise ValueError(f"context: expected [{batch}, {self.context_features}], got {got}")
         parts = [layer(context) for layer in self.contexts]
         if self.context_activation:
             parts[0] = masked.activate(ACTIVATIONS.index(self.activation), parts[0])
@@ -271,9 +272,7 @@ class MADE(nn.Module):
 
     def sorted_forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """The outputs [B, D * params] for variables in the order of the autoregression, those of each side by side."""
-        weights, starts, direct = self.network(context)
-        if starts[0].dim() == 2 and len(starts[0]) != len(x):
-            raise ValueError(f"context: expected [{len(x)}, {self.context_features}] beside x, got {list(context.shape)}")
+        weights, starts, direct = self.network(context, len(x))
         return ops.masked_mlp(
             x,
             weights,
@@ -294,9 +293,7 @@ class MADE(nn.Module):
 
     def inverse(self, z: Tensor, context: Tensor | None = None, **options) -> tuple[Tensor, Tensor]:
         """:func:`fastflow.ops.autoregressive_inverse` with this network: (x [B, D], logdet [B])."""
-        weights, starts, direct = self.network(context)
-        if starts[0].dim() == 2 and len(starts[0]) != len(z):
-            raise ValueError(f"context: expected [{len(z)}, {self.context_features}] beside z, got {list(context.shape)}")
+        weights, starts, direct = self.network(context, len(z))
         x, logdet = ops.autoregressive_inverse(
             self.sort(z),
             weights,
@@ -369,7 +366,8 @@ def _check_options(features, hidden, params, activation, packing, residual, degr
 
 def _check_degrees(degrees: list[Tensor], hidden: tuple[int, ...], features: int) -> None:
     if [tuple(d.shape) for d in degrees] != [(width,) for width in hidden]:
-        raise ValueError(f"degrees: expected a tensor for each width in {hidden}, got {[list(d.shape) for d in degrees]}")
+        shapes = [list(d.shape) for d in degrees]
+        raise ValueError(f"degrees: expected a tensor for each width in {hidden}, got {shapes}")
     for i, degree in enumerate(degrees):
         if int(degree.min()) < 0 or int(degree.max()) > max(features - 1, 0):
             raise ValueError(f"degrees[{i}]: expected 0 ... {features - 1}, got {degree.tolist()}")

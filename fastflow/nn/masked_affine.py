@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from fastflow import ops
@@ -31,6 +30,7 @@ class MaskedAffine(Bijection):
 
     Papers: MAF, https://arxiv.org/abs/1705.07057; IAF, https://arxiv.org/abs/1606.04934.
 
+    >>> import torch
     >>> layer = MaskedAffine(MADE(3, hidden=(16, 16)))
     >>> x = torch.randn(5, 3)
     >>> z, logdet = layer(x)

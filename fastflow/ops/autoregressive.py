@@ -21,7 +21,8 @@ from fastflow.ops.scale_map import KINDS, ScaleMap, log_scale, scale_map
 
 __all__ = ["FORMS", "Form", "autoregressive_inverse", "reaches_of"]
 
-FAMILY = Family("autoregressive", gpu=())
+FAMILY = Family("autoregressive")
+MOST_LAYERS = 32  # as in csrc/cuda/autoregressive.cu
 
 Form = Literal["scale_first", "shift_first", "gate", "bernoulli"]
 FORMS = ("scale_first", "shift_first", "gate", "bernoulli")  # as in csrc/autoregressive.h
@@ -54,7 +55,7 @@ def reference(
     step = Step(*step)
     variables = z.shape[1]
     each = params_of(step.form)
-    *reaches, direct_reach = reaches_of(counts, variables, each)
+    *reaches, direct_reach = reaches_of(counts, hidden_widths(weights), variables, each)
     x, total = z[:, :0], z.new_zeros(z.shape[:1])
     for d in range(variables):
         known = torch.cat([x, z.new_zeros(z.shape[0], variables - d)], 1)
@@ -86,15 +87,19 @@ def params_of(form: int) -> int:
     return 1 if FORMS[form] == "bernoulli" else 2
 
 
-def reaches_of(counts: Tensor, variables: int, each: int) -> list[Tensor]:
+def hidden_widths(weights: Sequence[Tensor]) -> list[int]:
+    return [w.shape[0] for w in weights[:-1]]
+
+
+def reaches_of(counts: Tensor, widths: Sequence[int], variables: int, each: int) -> list[Tensor]:
     """How many leading inputs each unit sees, of every layer, and at last each output of the variables themselves.
 
-    counts [L, D + 1]: how many units of hidden layer l have a degree of at most d. A hidden unit of degree g knows the
-    variables 1 ... g, the ``each`` outputs of variable d those before d.
+    counts [L, D + 1]: how many units of hidden layer l, of these widths, have a degree of at most d. A hidden unit of
+    degree g knows the variables 1 ... g, the ``each`` outputs of variable d those before d.
     """
     before, reaches = torch.arange(variables + 1, device=counts.device), []
-    for count in counts:
-        units = torch.arange(int(count[-1]), device=counts.device)
+    for count, width in zip(counts, widths, strict=True):
+        units = torch.arange(width, device=counts.device)
         reaches.append(before[torch.searchsorted(count, units, right=True)])
         before = count
     direct = torch.arange(variables, device=counts.device).repeat_interleave(each)
@@ -112,7 +117,7 @@ _SWEEP = (
 
 
 @op(
-    f"autoregressive_fwd(Tensor z, {_SWEEP}, bool save) -> (Tensor, Tensor, Tensor, Tensor)", backends=("cpu",)
+    f"autoregressive_fwd(Tensor z, {_SWEEP}, bool save) -> (Tensor, Tensor, Tensor, Tensor)"
 )  # fmt: skip
 def _forward(kernel, z, weights, starts, counts, direct, activation, residual, *rest):
     *step, save = rest
@@ -121,7 +126,7 @@ def _forward(kernel, z, weights, starts, counts, direct, activation, residual, *
     saved = z.new_empty((sum(w.shape[0] for w in weights[:-1]), z.shape[0]) if save else 0)
     params = z.new_empty((weights[-1].shape[0], z.shape[0]) if save else 0)
     kept = (saved, params) if save else (None, None)
-    kernel(z, weights, masked.rows(starts), counts, direct, activation, residual, *step, x, logdet, *kept)
+    kernel(z, weights, starts, counts, direct, activation, residual, *step, x, logdet, *kept)
     return x, logdet, saved, params
 
 
@@ -129,14 +134,13 @@ def _forward(kernel, z, weights, starts, counts, direct, activation, residual, *
     f"autoregressive_bwd(Tensor x, Tensor z, {_SWEEP}, Tensor saved, Tensor params, Tensor gx, Tensor glogdet)"
     " -> Tensor[]",
     *("autoregressive_bwd", "masked_weight_bwd"),
-    backends=("cpu",),
 )
 def _backward(run, outer, x, z, weights, starts, counts, direct, activation, residual, *rest):
     *step, saved, params, gx, glogdet = rest
     gz = torch.empty_like(x)
     ga, gp = torch.empty_like(saved), torch.empty_like(params)
     run(x, z, weights, counts, direct, activation, residual, *step, saved, params, gx, glogdet, gz, ga, gp)
-    *reaches, direct_reach = reaches_of(counts, x.shape[1], params_of(step[0]))
+    *reaches, direct_reach = reaches_of(counts, hidden_widths(weights), x.shape[1], params_of(step[0]))
     grads = masked.parameter_grads(
         outer, x, weights, starts, reaches, direct, direct_reach, activation, residual, saved, gp.t(), ga
     )
@@ -205,8 +209,8 @@ def autoregressive_inverse(
 
     Args:
         z: [B, D], the variables in the order of the autoregression.
-        weights, starts, activation, residual, direct: the network, as :func:`masked_mlp` has it, units sorted by degree;
-            the outputs of a variable lie side by side: (t_1, h_1, t_2, h_2, ...).
+        weights, starts, activation, residual, direct: the network, as :func:`masked_mlp` has it, its units sorted by
+            degree; the outputs of a variable lie side by side: (t_1, h_1, t_2, h_2, ...).
         counts: [L, D + 1], int64: how many units of hidden layer l have a degree of at most d.
         form: the layer, see above.
         scale: s(h), :func:`fastflow.scale_map`; its amplitude may not be learned.
@@ -249,6 +253,8 @@ def autoregressive_inverse(
         _check.beside("direct", direct, z, (outputs, variables))
     backend = choose(FAMILY, (z, *weights, *starts, direct), backend)
     dtype, n = z.dtype, len(weights)
+    if backend == "cuda" and n > MOST_LAYERS:
+        backend = "reference"
     z, direct, *rest = masked.widened(accumulator(dtype), z, direct, *weights, *starts)
     with masked.without_autocast(z), torch.set_grad_enabled(torch.is_grad_enabled() and form != "bernoulli"):
         x, logdet = _run(backend, z, rest[:n], rest[n:], counts, direct, (code, residual, *step))

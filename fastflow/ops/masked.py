@@ -69,7 +69,7 @@ _NET = "Tensor[] weights, Tensor[] starts, Tensor[] reaches, Tensor? direct, Ten
 def _forward(kernel, x, weights, starts, reaches, direct, direct_reach, activation, residual, save):
     y = x.new_empty((x.shape[0], weights[-1].shape[0]))
     saved = x.new_empty((sum(w.shape[0] for w in weights[:-1]), x.shape[0]) if save else 0)
-    kernel(x, weights, rows(starts), reaches, direct, direct_reach, activation, residual, y, saved if save else None)
+    kernel(x, weights, starts, reaches, direct, direct_reach, activation, residual, y, saved if save else None)
     return y, saved
 
 
@@ -83,12 +83,13 @@ def _backward(
 ):  # fmt: skip
     gx, ga = torch.empty_like(x, memory_format=torch.contiguous_format), torch.empty_like(saved)
     run(weights, reaches, direct, direct_reach, activation, residual, saved, gy, gx, ga)
-    return [gx, *parameter_grads(outer, x, weights, starts, reaches, direct, direct_reach, activation, residual, saved, gy, ga)]  # fmt: skip
+    net = weights, starts, reaches, direct, direct_reach, activation, residual
+    return [gx, *parameter_grads(outer, x, *net, saved, gy, ga)]
 
 
 def rows(starts: Sequence[Tensor]) -> list[Tensor]:
-    """[1 or B, m]"""
-    return [start[None] if start.dim() == 1 else start for start in starts]
+    """All as [1 or B, m]."""
+    return [start.unsqueeze(0) if start.dim() == 1 else start for start in starts]
 
 
 def parameter_grads(
@@ -106,12 +107,21 @@ def parameter_grads(
         linear = i == 0 or (residual and i == last)
         outer(grads[i], inputs[i], reach, -1 if linear else activation, gweight)
         gweights.append(gweight)
-    gstarts = [g.sum(0) if start.dim() == 1 else g.clone(memory_format=torch.contiguous_format) for g, start in zip(grads, starts, strict=True)]
+    gstarts = [
+        g.sum(0) if start.dim() == 1 else g.clone(memory_format=torch.contiguous_format)
+        for g, start in zip(grads, starts, strict=True)
+    ]
     if direct is None:
         return [*gweights, *gstarts]
     gdirect = torch.empty_like(direct, memory_format=torch.contiguous_format)
     outer(gy, x, direct_reach, -1, gdirect)
     return [*gweights, *gstarts, gdirect]
+
+
+def weight_grad_by_library(g: Tensor, x: Tensor, reach: Tensor, activation: int, gweight: Tensor) -> None:
+    """What ``masked_weight_bwd`` is on a GPU: g^T phi(x), and zeros beyond the staircase."""
+    torch.mm(g.t(), x if activation < 0 else activate(activation, x), out=gweight)
+    gweight.masked_fill_(~staircase(reach, gweight.shape[1]), 0)
 
 
 # --- gradient ---------------------------------------------------------------------------------------

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from fastflow.testing import (
     actnorm,
+    autoregressive,
     conv1x1,
     coupling,
     gaussian,
+    masked,
     mlp_coupling,
     planar,
     trace,
@@ -29,6 +31,8 @@ _FAMILIES = (
     mlp_coupling,
     wavenet,
     planar,
+    autoregressive,
+    masked,
 )
 
 CASES: tuple[Case, ...] = tuple(case for family in _FAMILIES for case in family.cases())

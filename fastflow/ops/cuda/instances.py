@@ -78,6 +78,13 @@ _GAUSSIAN = {
     "gaussian_sample_bwd": "SampleBackward",
 }
 
+
+
+def _sweeps() -> list[Instance]:
+    kernels = {"autoregressive_fwd": "SweepForward", "autoregressive_bwd": "SweepBackward"}
+    return [Instance("autoregressive", k, a, t, 128) for k, a in kernels.items() for t in _ACCUMULATORS]
+
+
 USUAL = [
     *_steps("coupling", {"coupling_fwd": "CouplingForward", "coupling_bwd": "CouplingBackward"}, _THREE, general=True),
     *_steps("actnorm", {"actnorm_fwd": "ActNormForward"}, _ONE),
@@ -96,5 +103,6 @@ USUAL = [
     *_steps("trace", {"trace_activation_fwd": "Dual", "trace_activation_bwd": "DualBackward"}, _ACCUMULATORS),
     *_each("wavenet", {"wavenet_gate_fwd": "GateRows", "wavenet_gate_bwd": "GateRows"}, _ACCUMULATORS),
     *_each("wavenet", {"wavenet_generate": "Generate"}, _ACCUMULATORS),
+    *_sweeps(),
     *_each("sums", {"finish_sums": "Finish"}, _ACCUMULATORS),
 ]
