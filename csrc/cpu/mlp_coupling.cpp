@@ -647,7 +647,7 @@ void backward(const Stack<T>& stack, const View& y, const View& context, const V
   const std::unique_ptr<T[]> sums(new T[chunks * stack.parameters]);
   parallel_for(chunks, parallel, [&](int64_t begin, int64_t end) {
     const Workspace<T> w(stack, true);
-    const int64_t most = (blocks / chunks + 1) * kSamples, each = stack.features + stack.context;
+    const int64_t most = (blocks / std::max<int64_t>(1, chunks) + 1) * kSamples, each = stack.features + stack.context;
     std::vector<T> memory((2 * each + 1) * most);
     for (int64_t c = begin; c < end; ++c) {
       Chunk<T> k;

@@ -30,6 +30,7 @@ __all__ = ["mlp_coupling"]
 
 FAMILY = Family("mlp_coupling")
 WIDEST = {"cuda": 128, "triton": 128}  # what shared memory holds; on a CPU any width
+_PLAIN = frozenset(_check.PLAIN)
 DOUBLES = math.log(2.0)  # how much a rounding may grow where backward starts from the output
 
 
@@ -160,7 +161,8 @@ def mlp_coupling(
     _context(context, x, stack)
     if len(params) != len(stack.shapes) or [p.shape for p in params] != stack.shapes:
         _wrong_shapes(params, stack)
-    if any(p.dtype != dtype or p.device != x.device or not p.is_contiguous() for p in params):
+    alike = {p.dtype for p in params} <= {dtype} and {p.device for p in params} <= {x.device}
+    if not alike or not all(p.is_contiguous() for p in params):
         params = [_fitting(f"params[{i}]", p, x) for i, p in enumerate(params)]
     chosen = _chosen(x, context, params, stack, backend)
     narrow = x if x.dtype == dtype else x.to(dtype)
@@ -178,7 +180,8 @@ def mlp_coupling(
 
 
 def _chosen(x: Tensor, context: Tensor | None, params: Sequence[Tensor], stack: MLPStack, backend: str | None) -> str:
-    odd = [p for p in params if type(p) not in _check.PLAIN]  # their dtype and device are known to be right
+    # the dtypes and devices of the parameters are known to be right
+    odd = [p for p in params if type(p) not in _check.PLAIN] if not _PLAIN.issuperset(map(type, params)) else ()
     chosen = choose(FAMILY, (x, context, *odd), backend)
     if stack.widest > WIDEST.get(chosen, stack.widest):
         if chosen in (backend, _backend._forced.name):

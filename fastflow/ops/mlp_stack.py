@@ -1,7 +1,7 @@
 """The layers that :func:`fastflow.mlp_coupling` runs in one call: what each is told beside its tensors, and means.
 
-A stack is made once; its kernels get it as a list of numbers. Permutations cost nothing there: they only rename the rows
-in which the features lie.
+A stack is made once; its kernels get it as a list of numbers. Permutations cost nothing there: they only rename the
+rows in which the features lie.
 """
 
 from __future__ import annotations
