@@ -122,6 +122,7 @@ struct Stack {
     const int64_t count = take();
     end = list(features, 0, features);
     steps.resize(count);
+    at += 4 * count;  // where the steps begin: they are read in their order
     for (Step<T>& s : steps) {
       s.coupling = take() == 1;
       if (!s.coupling) {
