@@ -101,7 +101,8 @@ FF_D Tail each_layer(const StepReader<T>& s, int contexts, const F& f) {
     }
     tail.outputs += before;
   }
-  tail.activation = int(c[0]), tail.kind = int(c[1]), tail.add_first = c[2] != 0, tail.divide = c[3] != 0;
+  tail.activation = int(c[0]), tail.kind = resolve(int(c[1]), s.constants[3]), tail.add_first = c[2] != 0,
+  tail.divide = c[3] != 0;
   tail.amplitudes = int(c[4]), tail.amplitude = param;
   return tail;
 }
@@ -125,11 +126,11 @@ FF_D void with_hidden(int activation, const F& f) {
 
 // --- rows in shared memory ------------------------------------------------------------------------------
 
-constexpr int kUnits = 4;  // outputs of a thread, one sample of each
-
 // The rows of a tile, padded by one: neighbouring threads then read neighbouring banks along either side.
 template <class T>
 struct Tile {
+  static constexpr int units = 4;  // outputs of a thread, one sample of each
+
   T* memory;
   int samples, row;
   int64_t first, count;  // the samples themselves, of all
@@ -155,21 +156,21 @@ template <class T, class F>
 FF_D void dense(const Tile<T>& t, const T* w, int w_row, int w_column, const T* bias, int in, int out, const T* x,
                 const F& put) {
   const int s = t.sample();
-  for (int m = t.lane() * kUnits; m < out; m += t.lanes() * kUnits) {
-    T sum[kUnits];
-    int64_t at[kUnits];
+  for (int m = t.lane() * Tile<T>::units; m < out; m += t.lanes() * Tile<T>::units) {
+    T sum[Tile<T>::units];
+    int64_t at[Tile<T>::units];
 #pragma unroll
-    for (int u = 0; u < kUnits; ++u) {
+    for (int u = 0; u < Tile<T>::units; ++u) {
       const int unit = m + u < out ? m + u : out - 1;
       sum[u] = bias ? bias[unit] : T(0), at[u] = int64_t(unit) * w_row;
     }
     for (int k = 0; k < in; ++k) {
       const T value = x[k * t.row + s];
 #pragma unroll
-      for (int u = 0; u < kUnits; ++u) sum[u] += w[at[u] + int64_t(k) * w_column] * value;
+      for (int u = 0; u < Tile<T>::units; ++u) sum[u] += w[at[u] + int64_t(k) * w_column] * value;
     }
 #pragma unroll
-    for (int u = 0; u < kUnits; ++u)
+    for (int u = 0; u < Tile<T>::units; ++u)
       if (m + u < out) put(m + u, s, sum[u]);
   }
   __syncthreads();
@@ -321,26 +322,26 @@ struct Share {
 
 template <class T>
 FF_D void layer_grad(const Tile<T>& t, const LinearLayer& l, const T* g, const T* y, const Share<T>& share) {
-  const int groups = (l.out + kUnits - 1) / kUnits;
+  const int groups = (l.out + Tile<T>::units - 1) / Tile<T>::units;
   for (int i = threadIdx.x; i < groups * l.in; i += kThreads) {
-    const int m = i / l.in * kUnits, k = i % l.in;
-    T sum[kUnits];
-    int at[kUnits];
+    const int m = i / l.in * Tile<T>::units, k = i % l.in;
+    T sum[Tile<T>::units];
+    int at[Tile<T>::units];
 #pragma unroll
-    for (int u = 0; u < kUnits; ++u) sum[u] = T(0), at[u] = (m + u < l.out ? m + u : l.out - 1) * t.row;
+    for (int u = 0; u < Tile<T>::units; ++u) sum[u] = T(0), at[u] = (m + u < l.out ? m + u : l.out - 1) * t.row;
     for (int b = 0; b < t.samples; ++b) {
       const T value = y[k * t.row + b];
 #pragma unroll
-      for (int u = 0; u < kUnits; ++u) sum[u] += g[at[u] + b] * value;
+      for (int u = 0; u < Tile<T>::units; ++u) sum[u] += g[at[u] + b] * value;
     }
 #pragma unroll
-    for (int u = 0; u < kUnits; ++u)
+    for (int u = 0; u < Tile<T>::units; ++u)
       if (m + u < l.out) share.add(l.weight + int64_t(m + u) * l.in + k, sum[u]);
   }
   for (int m = threadIdx.x; m < l.out; m += kThreads) {
-    T sum = T(0);
-    for (int b = 0; b < t.samples; ++b) sum += g[m * t.row + b];
-    share.add(l.bias + m, sum);
+    double sum = 0;
+    for (int b = 0; b < t.samples; ++b) sum += double(g[m * t.row + b]);
+    share.add(l.bias + m, T(sum));
   }
 }
 
@@ -352,16 +353,16 @@ FF_D void actnorm_grad(const StepReader<T>& s, const Tile<T>& t, const RowsOfTil
     T *y = t.at(int(r.state) + s.row(d)), *g = t.at(int(r.g) + s.row(d));
     const T v = s.gain() * params[s.first_param + d], bias = params[s.first_param + features + d];
     const T m = exp(inverse ? -v : v), back = exp(inverse ? v : -v);
-    T of_scale = T(0), of_bias = T(0);
+    double of_scale = 0, of_bias = 0;
     for (int b = 0; b < t.samples; ++b) {
       const T scaled = inverse ? y[b] + bias : y[b], gx = g[b] * m;
-      of_scale += g[b] * scaled + gl[b];
-      of_bias += inverse ? -g[b] : gx;
+      of_scale += double(g[b] * scaled) + double(gl[b]);
+      of_bias += double(inverse ? -g[b] : gx);
       g[b] = gx;
       y[b] = inverse ? scaled * back : scaled * back - bias;
     }
-    share.add(s.first_param + d, (inverse ? -s.gain() : s.gain()) * of_scale);
-    share.add(s.first_param + features + d, of_bias);
+    share.add(s.first_param + d, T((inverse ? -s.constants[0] : s.constants[0]) * of_scale));
+    share.add(s.first_param + features + d, T(of_bias));
   }
   __syncthreads();
 }
