@@ -501,7 +501,7 @@ def test_bad_calls():
         with pytest.raises(error, match=message):
             call()
     # what the op is told directly it checks before it reads
-    with pytest.raises(ValueError, match="parameter 0 of a stack has another shape"):
+    with pytest.raises(ValueError, match="parameter 0 of a stack has another size"):
         torch.ops.fastflow.mlp_coupling_fwd.cpu(
             x, context, [params[1], *params[1:]], stack.code, stack.constants, False, 0
         )

@@ -35,6 +35,38 @@ constexpr int64_t kChunks = 16;                // partial sums of the parameters
 constexpr int64_t kNarrow = 4;                 // rows of a gradient of W that are summed as dot products
 constexpr int64_t kParallelWork = 128 * 1024;  // multiply-adds below which a second thread costs more than it gives
 
+// --- parameters ---------------------------------------------------------------------------------------------
+
+// A contiguous tensor; there are so many of them that what View asks of each would take as long as a small batch.
+struct Parameter {
+  void* data;
+  int64_t numbers;
+};
+
+std::vector<Parameter> parameters(const pybind11::sequence& tensors, const View& like) {
+  static PyObject* names[5] = {PyUnicode_InternFromString("data_ptr"), PyUnicode_InternFromString("numel"),
+                               PyUnicode_InternFromString("is_contiguous"), PyUnicode_InternFromString("dtype"),
+                               PyUnicode_InternFromString("is_cpu")};
+  const auto check = [](PyObject* object) {
+    if (!object) throw pybind11::error_already_set();
+    return pybind11::reinterpret_steal<pybind11::object>(object);
+  };
+  std::vector<Parameter> found;
+  for (const pybind11::handle tensor : tensors) {
+    PyObject* t = tensor.ptr();
+    const auto dtype = check(PyObject_GetAttr(t, names[3]));
+    const bool cpu = check(PyObject_GetAttr(t, names[4])).ptr() == Py_True;
+    const bool contiguous = check(PyObject_CallMethodNoArgs(t, names[2])).ptr() == Py_True;
+    if (!cpu || !contiguous || dtype.ptr() != dtype_objects[int(like.dtype)])
+      throw std::invalid_argument("parameter " + std::to_string(found.size()) +
+                                  " of a stack: expected a contiguous tensor of the dtype of x on the CPU");
+    const auto pointer = check(PyObject_CallMethodNoArgs(t, names[0])),
+               n = check(PyObject_CallMethodNoArgs(t, names[1]));
+    found.push_back({reinterpret_cast<void*>(PyLong_AsSize_t(pointer.ptr())), PyLong_AsLongLong(n.ptr())});
+  }
+  return found;
+}
+
 // --- the stack, as MLPStack.code in fastflow/ops/mlp_stack.py has it ------------------------------------
 
 template <class T>
@@ -89,7 +121,7 @@ struct Stack {
   std::vector<int64_t> end;                                    // where feature i lies behind the last step
   std::vector<Step<T>> steps;
 
-  Stack(const std::vector<View>& params, const std::vector<int64_t>& code, const std::vector<double>& constants) {
+  Stack(const std::vector<Parameter>& params, const std::vector<int64_t>& code, const std::vector<double>& constants) {
     size_t at = 0, constant = 0, param = 0;
     const auto take = [&] {
       if (at >= code.size()) throw std::invalid_argument("the code of a stack ends too early");
@@ -109,14 +141,12 @@ struct Stack {
     };
     const auto tensor = [&](int64_t rows, int64_t columns, int64_t& offset) {
       if (param >= params.size()) throw std::invalid_argument("a stack has more parameters than were given");
-      const View& v = params[param++];
-      const bool contiguous = (v.size[1] == 1 || v.stride[1] == 1) && (v.size[0] == 1 || v.stride[0] == v.size[1]);
-      if (v.dtype != dtype_of<T>() || v.size[0] != rows || v.size[1] != columns || !contiguous)
-        throw std::invalid_argument("parameter " + std::to_string(param - 1) +
-                                    " of a stack has another shape or dtype");
+      const Parameter& p = params[param++];
+      if (p.numbers != rows * columns)
+        throw std::invalid_argument("parameter " + std::to_string(param - 1) + " of a stack has another size");
       offset = parameters;
       parameters += rows * columns;
-      return reinterpret_cast<const T*>(v.data);
+      return static_cast<const T*>(p.data);
     };
     features = take(), context = take();
     const int64_t count = take();
@@ -639,7 +669,7 @@ void actnorm_grad_step(const Step<T>& s, bool inverse, const Chunk<T>& k, T* sum
 template <class T>
 void backward(const Stack<T>& stack, const View& y, const View& context, const View& inputs, const View& gy,
               const View& glogdet, bool inverse, const View& gx, const View& gcontext,
-              const std::vector<View>& gparams) {
+              const std::vector<Parameter>& gparams) {
   const int64_t samples = y.size[0], blocks = (samples + kSamples - 1) / kSamples;
   const int64_t chunks = std::min(blocks, std::max<int64_t>(4, std::min(kChunks, blocks / 2)));
   const bool parallel = samples * stack.work >= kParallelWork;
@@ -675,12 +705,12 @@ void backward(const Stack<T>& stack, const View& y, const View& context, const V
   });
   // the chunks in their order, whoever adds them
   std::vector<int64_t> starts(1, 0);
-  for (const View& g : gparams) starts.push_back(starts.back() + g.size[0] * g.size[1]);
+  for (const Parameter& g : gparams) starts.push_back(starts.back() + g.numbers);
   if (starts.back() != stack.parameters)
     throw std::invalid_argument("the gradients differ from the parameters in size");
   parallel_for(int64_t(gparams.size()), parallel, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      T* out = reinterpret_cast<T*>(gparams[i].data);
+      T* out = static_cast<T*>(gparams[i].data);
       const int64_t n = starts[i + 1] - starts[i];
       if (chunks == 0) std::fill(out, out + n, T(0));
       for (int64_t c = 0; c < chunks; ++c) {
@@ -698,12 +728,14 @@ void backward(const Stack<T>& stack, const View& y, const View& context, const V
 
 // --- the functions that Python calls --------------------------------------------------------------------
 
-void mlp_coupling_fwd(const View& x, const View& context, const std::vector<View>& params,
+void mlp_coupling_fwd(const View& x, const View& context, const pybind11::sequence& params,
                       const std::vector<int64_t>& code, const std::vector<double>& constants, bool inverse,
                       const View& inputs, const View& y, const View& logdet) {
+  const std::vector<Parameter> given = parameters(params, x);
+  const pybind11::gil_scoped_release release;
   with_accumulator(x.dtype, [&](auto type) {
     using T = decltype(type);
-    const Stack<T> stack(params, code, constants);
+    const Stack<T> stack(given, code, constants);
     for (const View& v : {x, y})
       if (v.dtype != dtype_of<T>() || v.size[1] != stack.features)
         throw std::invalid_argument("x does not fit its stack");
@@ -714,20 +746,22 @@ void mlp_coupling_fwd(const View& x, const View& context, const std::vector<View
   });
 }
 
-void mlp_coupling_bwd(const View& y, const View& context, const std::vector<View>& params, const View& inputs,
+void mlp_coupling_bwd(const View& y, const View& context, const pybind11::sequence& params, const View& inputs,
                       const View& gy, const View& glogdet, const std::vector<int64_t>& code,
                       const std::vector<double>& constants, bool inverse, const View& gx, const View& gcontext,
-                      const std::vector<View>& gparams) {
+                      const pybind11::sequence& gparams) {
+  const std::vector<Parameter> given = parameters(params, y), made = parameters(gparams, y);
+  const pybind11::gil_scoped_release release;
   with_accumulator(y.dtype, [&](auto type) {
     using T = decltype(type);
-    const Stack<T> stack(params, code, constants);
+    const Stack<T> stack(given, code, constants);
     for (const View& v : {y, gy, gx})
       if (v.dtype != dtype_of<T>() || v.size[1] != stack.features)
         throw std::invalid_argument("y does not fit its stack");
     if (context && (context.dtype != y.dtype || context.size[1] != stack.context || context.size[0] != y.size[0]))
       throw std::invalid_argument("the context does not fit its stack");
     if (!context && stack.context > 0) throw std::invalid_argument("a stack misses its context");
-    backward(stack, y, context, inputs, gy, glogdet, inverse, gx, gcontext, gparams);
+    backward(stack, y, context, inputs, gy, glogdet, inverse, gx, gcontext, made);
   });
 }
 
@@ -736,8 +770,6 @@ void mlp_coupling_bwd(const View& y, const View& context, const std::vector<View
 
 FASTFLOW_BIND(mlp_coupling) {
   using namespace fastflow;
-  namespace py = pybind11;
-  const auto release = py::call_guard<py::gil_scoped_release>();
-  m.def("mlp_coupling_fwd", &mlp_coupling_fwd, release);
-  m.def("mlp_coupling_bwd", &mlp_coupling_bwd, release);
+  m.def("mlp_coupling_fwd", &mlp_coupling_fwd);
+  m.def("mlp_coupling_bwd", &mlp_coupling_bwd);
 }
