@@ -29,7 +29,7 @@ from fastflow.ops.mlp_stack import MLPStack
 __all__ = ["mlp_coupling"]
 
 FAMILY = Family("mlp_coupling")
-WIDEST = {"cuda": 128, "triton": 128}  # what shared memory holds; on a CPU any width
+WIDEST = {"cuda": 128}  # what shared memory holds; the others take any width
 _PLAIN = frozenset(_check.PLAIN)
 DOUBLES = math.log(2.0)  # how much a rounding may grow where backward starts from the output
 
@@ -130,7 +130,7 @@ def mlp_coupling(
         logdet: a running log-determinant [B] to add to.
         save: what backward starts from: the inputs of every coupling (D numbers per sample and coupling), or the output
             alone; ``auto`` takes the output where the scale maps promise that roundings at most double on the way back.
-        backend: a backend by name; None chooses. A GPU kernel takes networks up to 128 wide, the CPU's any.
+        backend: a backend by name; None chooses. CUDA's takes networks up to 128 wide.
 
     Returns:
         y [B, D] of the dtype of x, and logdet [B]: float64 for float64 and float32 for all else, which is also what is
