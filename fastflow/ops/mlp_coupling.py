@@ -142,6 +142,7 @@ def mlp_coupling(
 
     Papers: RealNVP, https://arxiv.org/abs/1605.08803; NICE, https://arxiv.org/abs/1410.8516.
 
+    >>> from fastflow.ops import CouplingStep, PermutationStep
     >>> steps = [CouplingStep((1,), (8, 8)), PermutationStep((1, 0)), CouplingStep((1,), (8, 8))]
     >>> stack = MLPStack(2, steps)
     >>> params = [0.5 * torch.randn(shape) for shape in stack.shapes]
