@@ -10,9 +10,9 @@ namespace fastflow {
 enum class HiddenKind : int { relu, leaky_relu, tanh, elu, silu, softplus };
 
 // Of silu, whose output does not determine its slope, the slope is kept beside the output.
-constexpr bool keeps_slope(HiddenKind kind) { return kind == HiddenKind::silu; }
+FF_HD constexpr bool keeps_slope(HiddenKind kind) { return kind == HiddenKind::silu; }
 
-constexpr Activation smooth(HiddenKind kind) {
+FF_HD constexpr Activation smooth(HiddenKind kind) {
   return kind == HiddenKind::tanh       ? Activation::tanh
          : kind == HiddenKind::elu      ? Activation::elu
          : kind == HiddenKind::softplus ? Activation::softplus

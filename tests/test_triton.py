@@ -20,7 +20,7 @@ import torch
 if __name__ != "__main__":
     pytest.importorskip("triton")
 
-FAMILIES = ("coupling", "actnorm", "conv1x1", "gaussian", "trace", "wavenet", "planar", "radial", "autoregressive")
+FAMILIES = ("coupling", "actnorm", "conv1x1", "gaussian", "trace", "wavenet", "planar", "radial", "autoregressive", "mlp_coupling")
 # Ragged sizes in float32 only, for the interpreter is slow: other dtypes differ in how they are loaded, stored and
 # rounded, and float64 in its scalar functions, which the tiny sizes show in every layout.
 TINY = ("tiny forward", "tiny gradient")
@@ -38,6 +38,8 @@ QUICK = (
     *("conv1x1-weights-lu-actnorm-inverse", "gaussian-kl-softplus", "trace-concat_squash-silu-1-wide"),
     *("planar-shared-inverse", "radial-each-forward"),
     "autoregressive-gate",
+    *("conv1x1-weights-lu-actnorm-inverse", "gaussian-kl-softplus", "mlp_coupling-networks-masked"),
+    *("trace-concat_squash-silu-1-wide",),
 )
 BENCH = ("coupling-sigmoid2-forward", "gaussian-log_prob-exp", "actnorm-image-forward", "conv1x1-image-bias")
 
@@ -110,7 +112,9 @@ def test_import_leaves_triton_alone():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", (80, 90))
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family", [family for family in FAMILIES if family != "mlp_coupling"]
+)  # has no kernel of its own
 def test_compiled_ahead(family, arch):
     run("ahead", str(arch), family, interpret=False)
 

@@ -43,8 +43,8 @@ class MLPCoupling(Bijection):
             index, a slice of them, or a bool for each.
         activation: behind every hidden layer: relu, leaky_relu, tanh, elu, silu, softplus.
         slope: of leaky_relu below 0.
-        scale, packing, order, shift_gain: as in :func:`fastflow.affine_coupling`; ``scale="none"`` is additive coupling,
-            and the network then makes the shift alone.
+        scale, packing, order, shift_gain: as in :func:`fastflow.affine_coupling`; ``scale="none"`` is additive
+            coupling, and the network then makes the shift alone.
         rescale: number of learned factors in front of the tanh of ``scale="tanh_rescale"``: 1, one for every changed
             feature, or 0 for none.
         context_features: of a context [B, P] that the network sees behind the features; 0 takes none.
@@ -155,18 +155,18 @@ class CouplingStack(Chain):
         self._prepare()
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        self._refresh()
         if self._watched() or not all(layer.ready for layer in self._actnorms):
             return super().forward(x, context)
         return self._run(x, context, False)
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        self._refresh()
         for layer in self._actnorms:
             layer.require_ready()
         return super().inverse(z, context) if self._watched() else self._run(z, context, True)
 
     def _run(self, x: Tensor, context: Tensor | None, inverse: bool) -> tuple[Tensor, Tensor]:
-        if not torch.compiler.is_compiling() and self._made_of() != self._signature:
-            self._prepare()
         stack = self._stack
         params = [_parameter(m, name) for m, name in self._sources]
         return mlp_coupling(x, params, stack, context=context if stack.context_features else None, inverse=inverse)
@@ -174,7 +174,6 @@ class CouplingStack(Chain):
     def _prepare(self) -> None:
         """What a call needs of the layers, as they are now."""
         layers = list(_flat(self))
-        self._actnorms = [layer for layer in layers if isinstance(layer, ActNorm)]
         features = {n for layer in layers if (n := _features(layer)) is not None}
         if len(features) != 1:
             raise ValueError(f"layers: expected one number of features, got {sorted(features) or 'none'}")
@@ -184,26 +183,31 @@ class CouplingStack(Chain):
         steps = [_step(layer, f"layers[{i}]", *features) for i, layer in enumerate(layers)]
         self._stack = MLPStack(*features, steps, *contexts)
         self._sources = [source for layer in layers for source in _sources(layer)]
-        self._signature = self._made_of()
+        self._actnorms = [layer for layer in layers if isinstance(layer, ActNorm)]
+        self._permutations = [layer for layer in layers if isinstance(layer, Permutation)]
+        inner = list(self.modules())[1:]
+        self._parts = [m._modules for m in (self, *inner) if m._modules]
+        self._hooks = [
+            hooks
+            for m in inner
+            for hooks in (m._forward_hooks, m._forward_pre_hooks, m._backward_hooks, m._backward_pre_hooks)
+        ]
+        self._made_of = self._signature()
 
-    def _made_of(self) -> list[Any]:
-        """Changes when a layer, a part of a network, or a permutation does."""
-        made: list[Any] = []
-        for layer in _flat(self):
-            made.append(layer)
-            if isinstance(layer, Permutation):
-                made.append((id(layer.indices), _version(layer.indices)))
-            elif not isinstance(layer, ActNorm):
-                made += layer.network._modules.values()
-        return made
+    def _refresh(self) -> None:
+        """A layer, a part of a network, or a permutation may have been replaced."""
+        if not torch.compiler.is_compiling() and self._signature() != self._made_of:
+            self._prepare()
+
+    def _signature(self) -> list[Any]:
+        buffers = [layer._buffers["indices"] for layer in self._permutations]
+        return [*(tuple(parts.values()) for parts in self._parts), *map(id, buffers), *map(_version, buffers)]
 
     def _watched(self) -> bool:
         """Does someone want to see the layers run?"""
         if torch.compiler.is_compiling():
             return False
-        if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
-            return True
-        return any(_hooked(part) for part in self._made_of() if isinstance(part, nn.Module))
+        return bool(torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks) or any(self._hooks)
 
 
 # --- what the stack needs to know of a layer ---------------------------------------------------------------
@@ -321,9 +325,3 @@ def _parameter(module: nn.Module, name: str) -> Tensor:
 
 def _version(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
-
-
-def _hooked(module: nn.Module) -> bool:
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )

@@ -29,7 +29,8 @@ from fastflow.ops.mlp_stack import MLPStack
 __all__ = ["mlp_coupling"]
 
 FAMILY = Family("mlp_coupling")
-WIDEST = {"cuda": 128, "triton": 128}  # what shared memory holds; on a CPU any width
+WIDEST = {"cuda": 128}  # what shared memory holds; the others take any width
+_PLAIN = frozenset(_check.PLAIN)
 DOUBLES = math.log(2.0)  # how much a rounding may grow where backward starts from the output
 
 
@@ -129,7 +130,7 @@ def mlp_coupling(
         logdet: a running log-determinant [B] to add to.
         save: what backward starts from: the inputs of every coupling (D numbers per sample and coupling), or the output
             alone; ``auto`` takes the output where the scale maps promise that roundings at most double on the way back.
-        backend: a backend by name; None chooses. A GPU kernel takes networks up to 128 wide, the CPU's any.
+        backend: a backend by name; None chooses. CUDA's takes networks up to 128 wide.
 
     Returns:
         y [B, D] of the dtype of x, and logdet [B]: float64 for float64 and float32 for all else, which is also what is
@@ -141,6 +142,7 @@ def mlp_coupling(
 
     Papers: RealNVP, https://arxiv.org/abs/1605.08803; NICE, https://arxiv.org/abs/1410.8516.
 
+    >>> from fastflow.ops import CouplingStep, PermutationStep
     >>> steps = [CouplingStep((1,), (8, 8)), PermutationStep((1, 0)), CouplingStep((1,), (8, 8))]
     >>> stack = MLPStack(2, steps)
     >>> params = [0.5 * torch.randn(shape) for shape in stack.shapes]
@@ -160,7 +162,8 @@ def mlp_coupling(
     _context(context, x, stack)
     if len(params) != len(stack.shapes) or [p.shape for p in params] != stack.shapes:
         _wrong_shapes(params, stack)
-    if any(p.dtype != dtype or p.device != x.device or not p.is_contiguous() for p in params):
+    alike = {p.dtype for p in params} <= {dtype} and {p.device for p in params} <= {x.device}
+    if not alike or not all(p.is_contiguous() for p in params):
         params = [_fitting(f"params[{i}]", p, x) for i, p in enumerate(params)]
     chosen = _chosen(x, context, params, stack, backend)
     narrow = x if x.dtype == dtype else x.to(dtype)
@@ -178,7 +181,8 @@ def mlp_coupling(
 
 
 def _chosen(x: Tensor, context: Tensor | None, params: Sequence[Tensor], stack: MLPStack, backend: str | None) -> str:
-    odd = [p for p in params if type(p) not in _check.PLAIN]  # their dtype and device are known to be right
+    # the dtypes and devices of the parameters are known to be right
+    odd = [p for p in params if type(p) not in _check.PLAIN] if not _PLAIN.issuperset(map(type, params)) else ()
     chosen = choose(FAMILY, (x, context, *odd), backend)
     if stack.widest > WIDEST.get(chosen, stack.widest):
         if chosen in (backend, _backend._forced.name):

@@ -1,7 +1,7 @@
 """The layers that :func:`fastflow.mlp_coupling` runs in one call: what each is told beside its tensors, and means.
 
-A stack is made once; its kernels get it as a list of numbers. Permutations cost nothing there: they only rename the rows
-in which the features lie.
+A stack is made once; its kernels get it as a list of numbers. Permutations cost nothing there: they only rename the
+rows in which the features lie.
 """
 
 from __future__ import annotations
@@ -248,7 +248,9 @@ class MLPStack:
         steps: :class:`CouplingStep`, :class:`ActNormStep`, :class:`PermutationStep` in any order.
         context_features: Cc, which every coupling's network sees behind the features.
 
-    ``shapes`` are those of the parameters, step after step.
+    ``shapes`` are those of the parameters, step after step. ``code`` is for the kernels, in whole numbers: D, Cc, the
+    number of steps but for permutations, the row of every feature behind the last of them; for each of these steps
+    where its code, its parameters and its ``constants`` begin, and which coupling it is; then their codes.
     """
 
     def __init__(self, features: int, steps: Sequence[Step], context_features: int = 0) -> None:
@@ -259,21 +261,31 @@ class MLPStack:
         self.features, self.context_features, self.steps = features, context_features, tuple(steps)
         self.shapes: list[tuple[int, ...]] = []
         self.counts: list[int] = []
-        at, code, self.constants = list(range(features)), [], []
+        at, codes, self.constants = list(range(features)), [], []
+        places: list[list[int]] = []
         for i, step in enumerate(self.steps):
             try:
                 shapes = step.shapes(features, context_features)
             except ValueError as error:
                 raise ValueError(f"steps[{i}]: {error}") from None
+            numbers_before = sum(map(math.prod, self.shapes))
             self.shapes += shapes
             self.counts.append(len(shapes))
             if isinstance(step, PermutationStep):
                 at = [at[j] for j in step.indices]
                 continue
-            numbers, constants = step.code(at, context_features)
-            code.append(numbers)
+            coupling = sum(code[0] for code in codes)
+            code, constants = step.code(at, context_features)
+            places.append([sum(map(len, codes)), numbers_before, len(self.constants), coupling])
+            codes.append(code)
             self.constants += constants
-        self.code = [features, context_features, len(code), *at, *(n for numbers in code for n in numbers)]
+        start = 3 + features + 4 * len(codes)
+        self.code = [features, context_features, len(codes), *at]
+        for place in places:
+            self.code += [start + place[0], *place[1:]]
+        for code in codes:
+            self.code += code
+        self.parameters = sum(map(math.prod, self.shapes))
         couplings = [s for s in self.steps if isinstance(s, CouplingStep)]
         self.couplings = len(couplings)
         self.widest = max([1, *(w for s in couplings for ws in s.widths(features, context_features) for w in ws)])

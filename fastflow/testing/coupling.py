@@ -64,6 +64,7 @@ def cases() -> Iterator[Case]:
             yield _case(f"{name}-{direction}", scale=name, mask=half, inverse=inverse)
     linear_tanh = ops.ScaleMap("linear_tanh", gain=0.5, amplitude=0.7)
     yield _case("linear_tanh", scale=linear_tanh)
+    yield _case("tanh", scale=ops.scale_map("tanh_rescale", amplitude=0.5))
     yield _case("learned", scale="tanh_rescale", learned=True)
     yield _case("learned-checkerboard", scale="tanh_rescale", learned=True, mask="checkerboard_odd")
     yield _case("reciprocal", scale=ops.ScaleMap("sigmoid", offset=2.0, reciprocal=True))

@@ -14,7 +14,7 @@ from torch import Tensor
 from fastflow.ops._check import unsuited
 from fastflow.ops.cuda import load, source
 
-FAMILIES = ("coupling", "actnorm", "conv1x1", "conv1x1_weights", "gaussian", "trace", "wavenet", "planar", "radial", "autoregressive")
+FAMILIES = ("coupling", "actnorm", "conv1x1", "conv1x1_weights", "gaussian", "trace", "wavenet", "planar", "radial", "autoregressive", "mlp_coupling")
 
 _kernels: dict[str, Callable[..., None]] = {}
 

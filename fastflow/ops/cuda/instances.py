@@ -84,6 +84,11 @@ def _sweeps() -> list[Instance]:
     kernels = {"autoregressive_fwd": "SweepForward", "autoregressive_bwd": "SweepBackward"}
     return [Instance("autoregressive", k, a, t, 128) for k, a in kernels.items() for t in _ACCUMULATORS]
 
+_MLP_COUPLING = {
+    "mlp_coupling_fwd": "StackForward",
+    "mlp_coupling_bwd": "StackBackward",
+    "mlp_coupling_finish": "StackFinish",
+}
 
 USUAL = [
     *_steps("coupling", {"coupling_fwd": "CouplingForward", "coupling_bwd": "CouplingBackward"}, _THREE, general=True),
@@ -99,6 +104,7 @@ USUAL = [
     *_each("planar", {"planar_finish": "StepsFinish"}, _ACCUMULATORS),
     *_each("radial", {"radial_fwd": "StepsForward", "radial_bwd": "StepsBackward"}, _BOTH_WAYS),
     *_each("radial", {"radial_finish": "StepsFinish"}, _ACCUMULATORS),
+    *_each("mlp_coupling", _MLP_COUPLING, _ACCUMULATORS),
     *_each("trace", {"trace_rows": "Rows", "trace_contract": "Contract"}, _ACCUMULATORS),
     *_steps("trace", {"trace_activation_fwd": "Dual", "trace_activation_bwd": "DualBackward"}, _ACCUMULATORS),
     *_each("wavenet", {"wavenet_gate_fwd": "GateRows", "wavenet_gate_bwd": "GateRows"}, _ACCUMULATORS),

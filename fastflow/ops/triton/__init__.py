@@ -34,6 +34,7 @@ _FAMILIES = {
     "planar": ("planar_fwd", "planar_bwd"),
     "radial": ("radial_fwd", "radial_bwd"),
     "autoregressive": ("autoregressive_fwd", "autoregressive_bwd", "masked_weight_bwd"),
+    "mlp_coupling": ("mlp_coupling_fwd", "mlp_coupling_bwd"),
     "trace": ("trace_rows", "trace_rows_bwd", "trace_contract", "trace_layer_fwd", "trace_layer_bwd"),
     "wavenet": ("wavenet_gate_fwd", "wavenet_gate_bwd", "wavenet_generate"),
 }

@@ -66,7 +66,7 @@ def _forward(
     value = load(x, x_at, b, co, ci, exists, T)
     shift = GAIN * load(t, t_at, b, po, pi, active, T)
     raw = shift if h is None else load(h, h_at, b, po, pi, active, T)
-    learned = raw if amplitude is None else load(amplitude, amplitude_at, b, ao, ai, active, T)
+    learned = None if amplitude is None else load(amplitude, amplitude_at, b, ao, ai, active, T)
     log_s, s, slope, damplitude = scale_slope(raw, learned, KIND, CONSTANTS)
     m = multiplier(log_s, s, DIVIDE, KIND)
     changed = (value + shift) * m if ADD_FIRST else value * m + shift
@@ -94,7 +94,7 @@ def _backward(
     value = load(x, x_at, b, co, ci, active, T)
     shift = GAIN * load(t, t_at, b, po, pi, active, T)
     raw = shift if h is None else load(h, h_at, b, po, pi, active, T)
-    learned = raw if amplitude is None else load(amplitude, amplitude_at, b, ao, ai, active, T)
+    learned = None if amplitude is None else load(amplitude, amplitude_at, b, ao, ai, active, T)
     g = load(gy, gy_at, b, co, ci, exists, T)
     g_logdet = tl.load(glogdet + b * step, mask=b < shape[0], other=0.0)
     log_s, s, slope, damplitude = scale_slope(raw, learned, KIND, CONSTANTS)

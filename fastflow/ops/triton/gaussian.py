@@ -25,7 +25,7 @@ from fastflow.ops.triton.scale_map import NONE, multiplier, scale_slope
 @triton.jit
 def _deviation(h, KIND: tl.constexpr, CONSTANTS: tl.constexpr, RECIPROCAL: tl.constexpr):
     """(log s, s, 1 / s, d log s / d h); what of it is not used costs nothing on a GPU"""
-    log_s, s, slope, _ = scale_slope(h, h, KIND, CONSTANTS)
+    log_s, s, slope, _ = scale_slope(h, None, KIND, CONSTANTS)
     scale = multiplier(log_s, s, RECIPROCAL, KIND)
     inverse = multiplier(log_s, s, not RECIPROCAL, KIND)
     if RECIPROCAL:

@@ -14,7 +14,7 @@ NONE, EXP, SIGMOID, SOFTPLUS, TANH, LINEAR_TANH, ATAN, SOFT_CLIP, SIGMOID_EPS = 
 
 @triton.jit
 def scale_slope(h, learned, KIND: tl.constexpr, CONSTANTS: tl.constexpr):
-    """(log s, s, d log s / d h, d log s / d amplitude); s only where it is not e^(log s). ``learned``: amplitude."""
+    """(log s, s, d log s / d h, d log s / d amplitude); s only where it is not e^(log s). ``learned``: amplitude, or None."""
     gain: tl.constexpr = CONSTANTS[0]
     offset: tl.constexpr = CONSTANTS[1]
     amplitude: tl.constexpr = CONSTANTS[2]
@@ -56,8 +56,12 @@ def scale_slope(h, learned, KIND: tl.constexpr, CONSTANTS: tl.constexpr):
         slope = tl.where(clamped, 0.0, slope)
     elif KIND == TANH:
         t = tanh(v)
-        log_s = learned * t
-        slope = learned * (1.0 - t * t)
+        if learned is None:
+            factor = zero + amplitude
+        else:
+            factor = learned
+        log_s = factor * t
+        slope = factor * (1.0 - t * t)
         damplitude = t
     elif KIND == LINEAR_TANH:
         t = tanh(v)
