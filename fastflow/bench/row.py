@@ -14,7 +14,10 @@ __all__ = ["FAMILIES", "Contenders", "Row", "captured", "compiled", "contenders"
 
 Contenders = dict[str, Callable[[], Any]]
 
-FAMILIES = ("coupling", "conv1x1", "gaussian", "trace", "glow", "wavenet", "planar", "masked", "mlp_coupling")  # one file of rows each
+FAMILIES = (  # one file of rows each
+    "coupling", "conv1x1", "gaussian", "trace", "glow", "wavenet", "planar", "masked",
+    "mlp_coupling",
+)  # fmt: skip
 CPU = ("reference",)
 GPU = ("triton", "eager graph")  # beside fastflow, eager and torch.compile
 GPU_TUNED = (*GPU, "max-autotune")  # where tuning takes seconds, not minutes

@@ -9,7 +9,6 @@ from fastflow.models.maf import MAF
 from fastflow.models.nice import NICE
 from fastflow.models.planar import Planar
 from fastflow.models.radial import Radial
-from fastflow.models.realnvp import RealNVP
 from fastflow.models.realnvp import RealNVP, VectorRealNVP
 from fastflow.models.wavenet import WaveNet
 

@@ -9,12 +9,12 @@ from fastflow.nn.coupling import AdditiveCoupling, AffineCoupling
 from fastflow.nn.debugging import NonFiniteError, debug
 from fastflow.nn.diagnostics import InverseError, inverse_error
 from fastflow.nn.flow import Flow
-from fastflow.nn.logit import Logit
-from fastflow.nn.mlp_coupling import CouplingStack, MLPCoupling
 from fastflow.nn.likelihood import Bernoulli, Categorical, DiscretizedLogistic, Likelihood
+from fastflow.nn.logit import Logit
 from fastflow.nn.made import MADE, MaskedLinear
 from fastflow.nn.masked_affine import MaskedAffine
 from fastflow.nn.masked_conv import ConvAutoregressive, MaskedConv2d, WeightNormConv2d
+from fastflow.nn.mlp_coupling import CouplingStack, MLPCoupling
 from fastflow.nn.permutation import Permutation
 from fastflow.nn.planar import Planar
 from fastflow.nn.radial import Radial

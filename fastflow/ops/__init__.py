@@ -8,9 +8,9 @@ from fastflow.ops.conv1x1_weights import dense_weights, lu_weights
 from fastflow.ops.coupling import additive_coupling, affine_coupling
 from fastflow.ops.gaussian import gaussian_log_prob, gaussian_sample
 from fastflow.ops.gaussian_kl import gaussian_kl
+from fastflow.ops.masked import masked_linear, masked_mlp
 from fastflow.ops.mlp_coupling import mlp_coupling
 from fastflow.ops.mlp_stack import ActNormStep, CouplingStep, MLPStack, PermutationStep
-from fastflow.ops.masked import masked_linear, masked_mlp
 from fastflow.ops.orthonormal import orthogonality, orthonormal
 from fastflow.ops.planar import planar
 from fastflow.ops.radial import radial
