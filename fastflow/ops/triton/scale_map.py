@@ -14,7 +14,10 @@ NONE, EXP, SIGMOID, SOFTPLUS, TANH, LINEAR_TANH, ATAN, SOFT_CLIP, SIGMOID_EPS = 
 
 @triton.jit
 def scale_slope(h, learned, KIND: tl.constexpr, CONSTANTS: tl.constexpr):
-    """(log s, s, d log s / d h, d log s / d amplitude); s only where it is not e^(log s). ``learned``: amplitude, or None."""
+    """(log s, s, d log s / d h, d log s / d amplitude); s only where it is not e^(log s).
+
+    ``learned``: the amplitude where it is a tensor, else None.
+    """
     gain: tl.constexpr = CONSTANTS[0]
     offset: tl.constexpr = CONSTANTS[1]
     amplitude: tl.constexpr = CONSTANTS[2]
