@@ -62,8 +62,8 @@ RECIPES = {
     "mnist-static": _short("static", _BITS, _MNIST, epochs=10),
     "omniglot": _short("dynamic", _BITS, epochs=20),
     "caltech": _short("dynamic", _BITS, epochs=40),
-    "freyfaces": _short("integers", _GREY, _FACES, epochs=30, batch_size=32),
-    "npz": _short("integers", _GREY, epochs=30),
+    "freyfaces": _short("integers", _GREY, _FACES, epochs=30, batch_size=32, patience=3),  # overfits after some 20
+    "npz": _short("integers", _GREY, epochs=30, patience=3),
 }
 
 
