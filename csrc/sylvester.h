@@ -23,8 +23,9 @@ template <class T>
 FF_HD Diagonal<T> diagonal(T raw) {
   const Tanh<T> t = tanh_slope(raw);
   const T gap = t.d / (T(1) + abs(t.h)), limit = T(1) - T(kGap);
-  if (gap < T(kGap)) return {t.h < T(0) ? -limit : limit, T(kGap), T(0)};
-  return {t.h, gap, t.d};
+  const bool near = gap < T(kGap);
+  const T r = t.h < T(0) ? -limit : limit;
+  return {near ? r : t.h, near ? T(kGap) : gap, near ? T(0) : t.d};
 }
 
 // 1 + r1 r2

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -189,7 +188,7 @@ def sylvester(
 
     :math:`R_1` is the strictly upper triangle of ``full`` with the diagonal :math:`r_1 = \tanh d_1`, :math:`R_2` the
     transpose of the strictly lower one with :math:`r_2 = \tanh d_2`; the diagonal of ``full`` is not used. A diagonal
-    element stays 1e-6 away from ±1: every step is invertible, in float32 too. The D x M matrix Q has orthonormal columns:
+    element stays 1e-6 away from ±1: every step is invertible, in float32 too. Q [D, M] has orthonormal columns:
 
     - ``q`` given (orthogonal): those nearest to its columns, by :func:`fastflow.orthonormal`;
     - ``vectors`` given (Householder): M = D and :math:`Q = \prod_h (I - 2 v_h v_h^\top / \|v_h\|^2)`, never formed; a
