@@ -38,13 +38,18 @@ FF_HD Tanh<T> tanh_slope(T a) {
   return {h, T(4) * q * (r * r)};
 }
 
+// log(1 + x) for x >= -0.5: with what rounding 1 + x lost, to first order
+template <class T>
+FF_HD T log1p_above(T x) {
+  const T u = T(1) + x;
+  return log(u) + (x - (u - T(1))) / u;
+}
+
 // log(1 + s d) with d = 1 - h^2: the logarithm of the derivative at a. No cancellation on either side of 0.
 template <class T>
 FF_HD T log_derivative(T slope, Tanh<T> t) {
   const T x = (slope - T(1)) * t.d;
-  const T u = T(1) + x;
-  const T near = log(u) + (x - (u - T(1))) / u;  // log1p: what rounding u lost, to first order
-  return x < T(-0.5) ? log(slope + (T(1) - slope) * (t.h * t.h)) : near;
+  return x < T(-0.5) ? log(slope + (T(1) - slope) * (t.h * t.h)) : log1p_above(x);
 }
 
 // 1 + s d, as accurate
@@ -77,7 +82,7 @@ FF_HD T root_step(T a, T v, T slope) {
   return (s < T(0) ? step > T(0) : step < T(0)) ? a - step : a;
 }
 
-// a in one go: what a thread of a GPU calls, and a loop over samples may
+// a in one go: what a thread calls; for many equations on the CPU see cpu/roots.h
 template <class T>
 FF_HD T tanh_root(T v, T slope) {
   const T target = abs(v);
@@ -89,29 +94,6 @@ FF_HD T tanh_root(T v, T slope) {
   }
   a = v < T(0) ? -a : a;
   return v == v && slope == slope ? a : not_a_number<T>();
-}
-
-// The same for n equations side by side, on the CPU: vectorised, and done as soon as all are. Every root is what it is
-// whatever its neighbours are.
-template <class T>
-inline void tanh_roots(const T* __restrict v, const T* __restrict slope, T* __restrict a, int64_t n) {
-#pragma omp simd
-  for (int64_t j = 0; j < n; ++j) a[j] = root_start(abs(v[j]), slope[j]);
-  for (int i = 0; i < kRootSteps<T>; ++i) {
-    int moved = 0;
-#pragma omp simd reduction(| : moved)
-    for (int64_t j = 0; j < n; ++j) {
-      const T next = root_step(a[j], abs(v[j]), slope[j]);
-      moved |= next != a[j];
-      a[j] = next;
-    }
-    if (!moved) break;
-  }
-#pragma omp simd
-  for (int64_t j = 0; j < n; ++j) {
-    const T signed_root = v[j] < T(0) ? -a[j] : a[j];
-    a[j] = v[j] == v[j] && slope[j] == slope[j] ? signed_root : not_a_number<T>();
-  }
 }
 
 }  // namespace fastflow

@@ -77,6 +77,50 @@ class Record {
   std::vector<T> memory_;
 };
 
+// --- loops over the hidden units: not to be inlined, within an outer loop gcc leaves them scalar -------------
+
+#define FF_LOOP template <class T> __attribute__((noinline)) void
+
+FF_LOOP diagonals(const T* raw1, const T* raw2, T* r1, T* r2, T* turn1, T* turn2, T* slope, int64_t n) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) {
+    const Diagonal<T> one = diagonal(raw1[i]), two = diagonal(raw2[i]);
+    r1[i] = one.r, r2[i] = two.r, turn1[i] = one.d, turn2[i] = two.d, slope[i] = diagonal_slope(one, two);
+  }
+}
+
+FF_LOOP activate(const T* a, const T* slope, T* h, T* d, T* logs, int64_t n) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) {
+    const Tanh<T> t = tanh_slope(a[i]);
+    h[i] = t.h, d[i] = t.d, logs[i] = log_derivative(slope[i], t);
+  }
+}
+
+// the gradient of a from that of h = tanh(a)
+FF_LOOP through_tanh(const T* r1, const T* r2, const T* slope, const T* h, const T* d, const T* gh, T glogdet, T* ga,
+                     int64_t n) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i)
+    ga[i] = d[i] * gh[i] + glogdet * log_derivative_slope(r1[i], r2[i], slope[i], Tanh<T>{h[i], d[i]});
+}
+
+// one of them: r is the other diagonal, turn = dr/draw; gr = left right + what comes of the log-determinant
+FF_LOOP of_diagonal(const T* r, const T* turn, const T* slope, const T* h, const T* d, const T* left, const T* right,
+                    T glogdet, T* g, int64_t n) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i)
+    g[i] = turn[i] * (left[i] * right[i] + glogdet * d[i] * r[i] / derivative(slope[i], Tanh<T>{h[i], d[i]}));
+}
+
+// out = factor x
+FF_LOOP scale(const T* factor, const T* x, T* out, int64_t n) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) out[i] = factor[i] * x[i];
+}
+
+// --- the parameters and the steps -------------------------------------------------------------------
+
 // The parameters of one step, ready for use. Vectors are padded to whole registers, with zeros.
 template <class T>
 struct Parameters {
@@ -105,13 +149,6 @@ struct Parameters {
     wrong = !(columns.load(in.basis, b, k) <= std::sqrt(std::numeric_limits<T>::epsilon()));
   }
 
-  static void diagonals(const T* raw1, const T* raw2, T* r1, T* r2, T* turn1, T* turn2, T* slope, int64_t n) {
-#pragma omp simd
-    for (int64_t i = 0; i < n; ++i) {
-      const Diagonal<T> one = diagonal(raw1[i]), two = diagonal(raw2[i]);
-      r1[i] = one.r, r2[i] = two.r, turn1[i] = one.d, turn2[i] = two.d, slope[i] = diagonal_slope(one, two);
-    }
-  }
 };
 
 // Everything of one thread. Vectors are padded to whole registers, with zeros.
@@ -175,20 +212,6 @@ class Flow {
     return s;
   }
 
-  static void activate(const T* a, const T* slope, T* h, T* d, T* logs, int64_t n) {
-#pragma omp simd
-    for (int64_t i = 0; i < n; ++i) {
-      const Tanh<T> t = tanh_slope(a[i]);
-      h[i] = t.h, d[i] = t.d, logs[i] = log_derivative(slope[i], t);
-    }
-  }
-
-  // out = factor x
-  static void scale(const T* factor, const T* x, T* out, int64_t n) {
-#pragma omp simd
-    for (int64_t i = 0; i < n; ++i) out[i] = factor[i] * x[i];
-  }
-
   // z -> z', what its gradient needs into the record; log|dz'/dz|
   double forth(Step& s, int64_t at) {
     T *y = record_.y(at), *h = record_.h(at), *u = record_.u(at), *a = a_.data();
@@ -235,7 +258,7 @@ class Flow {
     } else {
       scale(s.r1.data(), gu, work_.data(), m_);
       add_upper_transposed(s.full, s.row, m_, gu, work_.data());
-      through_tanh(s, work_.data(), h, d, glogdet, ga, m_);
+      through_tanh(s.r1.data(), s.r2.data(), s.slope.data(), h, d, work_.data(), glogdet, ga, m_);
       scale(s.r2.data(), ga, gy, m_);
       add_lower(s.full, s.row, m_, ga, gy);
       std::copy_n(g_.data(), p_.d, gqu_.data());
@@ -249,31 +272,12 @@ class Flow {
                    two = block<T>(to.diag2, b, k, 1, m_), bias = block<T>(to.bias, b, k, 1, m_);
     T *gfull = full.target(gfull_.data(), s.row), *g1 = one.target(work_.data(), m_), *g2 = two.target(a_.data(), m_);
     outer_triangles(s.row, m_, y, ga, gu, h, gfull);
-    of_diagonals(s, y, h, d, gu, ga, glogdet, g1, g2, m_);
+    of_diagonal(s.r2.data(), s.turn1.data(), s.slope.data(), h, d, gu, h, glogdet, g1, m_);
+    of_diagonal(s.r1.data(), s.turn2.data(), s.slope.data(), h, d, ga, y, glogdet, g2, m_);
     full.commit(gfull, s.row), one.commit(g1, m_), two.commit(g2, m_);
     if (bias.direct(m_)) std::copy_n(ga, m_, bias.where());
     bias.commit(ga, m_);
     s.columns.gradient(record_.z(at), gy, u, gqu_.data(), to.basis, b, k);
-  }
-
-  // ga from the gradient gh of h = tanh(a)
-  static void through_tanh(const Step& s, const T* gh, const T* h, const T* d, T glogdet, T* ga, int64_t n) {
-    const T *r1 = s.r1.data(), *r2 = s.r2.data(), *slope = s.slope.data();
-#pragma omp simd
-    for (int64_t i = 0; i < n; ++i)
-      ga[i] = d[i] * gh[i] + glogdet * log_derivative_slope(r1[i], r2[i], slope[i], Tanh<T>{h[i], d[i]});
-  }
-
-  static void of_diagonals(const Step& s, const T* y, const T* h, const T* d, const T* gu, const T* ga, T glogdet, T* g1,
-                           T* g2, int64_t n) {
-    const T *r1 = s.r1.data(), *r2 = s.r2.data(), *turn1 = s.turn1.data(), *turn2 = s.turn2.data();
-    const T* slope = s.slope.data();
-#pragma omp simd
-    for (int64_t i = 0; i < n; ++i) {
-      const T of_product = glogdet * d[i] / derivative(slope[i], Tanh<T>{h[i], d[i]});
-      g1[i] = turn1[i] * (gu[i] * h[i] + of_product * r2[i]);
-      g2[i] = turn2[i] * (ga[i] * y[i] + of_product * r1[i]);
-    }
   }
 
   // Of the inverse: w + R2^T p = q, p = (1 - h^2) R1^T w - glogdet (log|.|)', lower triangular, from q in gu.
