@@ -81,20 +81,28 @@ class Record {
 
 #define FF_LOOP template <class T> __attribute__((noinline)) void
 
-FF_LOOP diagonals(const T* raw1, const T* raw2, T* r1, T* r2, T* turn1, T* turn2, T* slope, int64_t n) {
+FF_LOOP one_diagonal(const T* raw, T* r, T* gap, T* turn, int64_t n) {
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) {
-    const Diagonal<T> one = diagonal(raw1[i]), two = diagonal(raw2[i]);
-    r1[i] = one.r, r2[i] = two.r, turn1[i] = one.d, turn2[i] = two.d, slope[i] = diagonal_slope(one, two);
+    const Diagonal<T> made = diagonal(raw[i]);
+    r[i] = made.r, gap[i] = made.gap, turn[i] = made.d;
   }
+}
+
+// gap2 becomes 1 + r1 r2
+FF_LOOP both_diagonals(const T* r1, const T* gap1, const T* r2, T* gap2, int64_t n) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) gap2[i] = diagonal_slope(Diagonal<T>{r1[i], gap1[i], 0}, Diagonal<T>{r2[i], gap2[i], 0});
 }
 
 FF_LOOP activate(const T* a, const T* slope, T* h, T* d, T* logs, int64_t n) {
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) {
     const Tanh<T> t = tanh_slope(a[i]);
-    h[i] = t.h, d[i] = t.d, logs[i] = log_derivative(slope[i], t);
+    h[i] = t.h, d[i] = t.d;
   }
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) logs[i] = log_derivative(slope[i], Tanh<T>{h[i], d[i]});
 }
 
 // the gradient of a from that of h = tanh(a)
@@ -143,7 +151,9 @@ struct Parameters {
     full = block<T>(in.full, b, k, m, m).read(copy.data(), row);
     const T* raw1 = block<T>(in.diag1, b, k, 1, m).read(r1.data(), m);
     const T* raw2 = block<T>(in.diag2, b, k, 1, m).read(r2.data(), m);
-    diagonals(raw1, raw2, r1.data(), r2.data(), turn1.data(), turn2.data(), slope.data(), m);
+    one_diagonal(raw1, r1.data(), bias.data(), turn1.data(), m);
+    one_diagonal(raw2, r2.data(), slope.data(), turn2.data(), m);
+    both_diagonals(r1.data(), bias.data(), r2.data(), slope.data(), m);
     const T* shift = block<T>(in.bias, b, k, 1, m).read(bias.data(), m);
     if (shift != bias.data()) std::copy_n(shift, m, bias.data());
     wrong = !(columns.load(in.basis, b, k) <= std::sqrt(std::numeric_limits<T>::epsilon()));

@@ -236,11 +236,14 @@ def sylvester(
     if chosen == "reference":
         out, logdet = reference(*tensors, *options)
     else:
-        tensors = tuple(map(_check.strided, tensors))
+        # the gradient of the inverse starts from its output, which must not have been rounded to half precision
+        start = z.to(accumulator(z.dtype)) if inverse else z
+        tensors = (start, *map(_check.strided, tensors[1:]))
         if any_grad(*tensors):
             out, logdet = _Sylvester.apply(chosen, *tensors, *options)
         else:
             out, logdet = _forward[chosen](*tensors, *options)
+        out = out.to(z.dtype)
     if q is not None and z.device.type == "cpu":
         _require_orthonormal(logdet, tensors[-1], iterations)
     return out, logdet

@@ -5,14 +5,14 @@ One file of cases per family; ``checks`` holds the properties.
 
 from __future__ import annotations
 
-from fastflow.testing import actnorm, conv1x1, coupling, gaussian, trace
+from fastflow.testing import actnorm, conv1x1, coupling, gaussian, sylvester, trace
 from fastflow.testing.case import DTYPES, Case
 from fastflow.testing.checks import CHECKS, cast, check, tolerance
 
 __all__ = ["CASES", "CHECKS", "DTYPES", "Case", "cases", "cast", "check", "tolerance"]
 
 CASES: tuple[Case, ...] = tuple(
-    case for family in (coupling, actnorm, conv1x1, gaussian, trace) for case in family.cases()
+    case for family in (coupling, actnorm, conv1x1, gaussian, trace, sylvester) for case in family.cases()
 )
 
 
