@@ -14,7 +14,7 @@ from torch import Tensor
 from fastflow.ops._check import unsuited
 from fastflow.ops.cuda import load, source
 
-FAMILIES = ("coupling", "actnorm", "conv1x1", "conv1x1_weights", "gaussian", "trace")
+FAMILIES = ("coupling", "actnorm", "conv1x1", "conv1x1_weights", "gaussian", "sylvester", "trace")
 
 _kernels: dict[str, Callable[..., None]] = {}
 

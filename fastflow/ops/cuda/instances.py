@@ -77,6 +77,8 @@ _GAUSSIAN = {
     "gaussian_sample_bwd": "SampleBackward",
 }
 
+_SYLVESTER = {"sylvester_fwd": "SylvesterForward", "sylvester_bwd": "SylvesterBackward"}
+
 USUAL = [
     *_steps("coupling", {"coupling_fwd": "CouplingForward", "coupling_bwd": "CouplingBackward"}, _THREE, general=True),
     *_steps("actnorm", {"actnorm_fwd": "ActNormForward"}, _ONE),
@@ -87,6 +89,7 @@ USUAL = [
     *_each("conv1x1_weights", {"lu_weights_fwd": "Factors", "lu_weights_bwd": "Factors"}, _ONE),
     *_steps("gaussian", _GAUSSIAN, _THREE),
     *_steps("gaussian", {"gaussian_kl_fwd": "KlForward", "gaussian_kl_bwd": "KlBackward"}, _TWO),
+    *(i._replace(threads=64) for i in _each("sylvester", _SYLVESTER, _ACCUMULATORS)),
     *_each("trace", {"trace_rows": "Rows", "trace_contract": "Contract"}, _ACCUMULATORS),
     *_steps("trace", {"trace_activation_fwd": "Dual", "trace_activation_bwd": "DualBackward"}, _ACCUMULATORS),
     *_each("sums", {"finish_sums": "Finish"}, _ACCUMULATORS),
