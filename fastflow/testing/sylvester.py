@@ -14,7 +14,7 @@ from fastflow.ops.sylvester import VARIANTS
 from fastflow.testing.case import Case, Inputs, randn
 
 # B, K, D, M of "orthogonal", reflections
-SIZES = {"tiny": (9, 2, 3, 2, 2), "odd": (19, 3, 7, 3, 3), "bench": (100, 4, 64, 8, 8)}
+SIZES = {"tiny": (16, 2, 3, 2, 2), "odd": (19, 3, 7, 3, 3), "bench": (100, 4, 64, 8, 8)}
 
 
 def _inputs(size: str, variant: str) -> Inputs:
