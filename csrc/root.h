@@ -34,8 +34,9 @@ template <class T>
 FF_HD Tanh<T> tanh_slope(T a) {
   const T q = exp_nonpositive(T(-2) * abs(a)), r = T(1) / (T(1) + q);
   const T large = T(1) - T(2) * (q * r);
-  const T h = abs(a) < T(0.625) ? a + tanh_small(a) : (a < T(0) ? -large : large);
-  return {h, T(4) * q * (r * r)};
+  const bool small = abs(a) < T(0.625);
+  const T h = small ? a + tanh_small(a) : (a < T(0) ? -large : large);
+  return {h, small ? T(1) - h * h : T(4) * q * (r * r)};
 }
 
 // log(1 + x) for x >= -0.5: with what rounding 1 + x lost, to first order

@@ -31,6 +31,7 @@ _FAMILIES = {
         *("gaussian_log_prob_fwd", "gaussian_log_prob_bwd"),
         *("gaussian_sample_fwd", "gaussian_sample_bwd", "gaussian_kl_fwd", "gaussian_kl_bwd"),
     ),
+    "sylvester": ("sylvester_fwd", "sylvester_bwd"),
     "trace": ("trace_rows", "trace_rows_bwd", "trace_contract", "trace_layer_fwd", "trace_layer_bwd"),
 }
 _HOME = {kernel: family for family, kernels in _FAMILIES.items() for kernel in kernels}
