@@ -14,7 +14,7 @@ __all__ = ["FAMILIES", "Contenders", "Row", "captured", "compiled", "contenders"
 
 Contenders = dict[str, Callable[[], Any]]
 
-FAMILIES = ("coupling", "conv1x1", "gaussian", "trace", "glow")  # one file of rows each
+FAMILIES = ("coupling", "conv1x1", "gaussian", "trace", "sylvester", "glow")  # one file of rows each
 CPU = ("reference",)
 GPU = ("triton", "eager graph")  # beside fastflow, eager and torch.compile
 GPU_TUNED = (*GPU, "max-autotune")  # where tuning takes seconds, not minutes
