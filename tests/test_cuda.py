@@ -24,7 +24,7 @@ def names(cases):
 
 
 def sizes_of(case):
-    """The layers of a trace and the steps of a Sylvester flow run through the emulation for seconds: the ragged sizes of
+    """Layers of a trace and steps of a Sylvester flow run through the emulation for seconds: the ragged sizes of
     the others find as much."""
     return ("tiny",) if case.family in ("sylvester", "trace") else ("tiny", "odd")
 
