@@ -250,7 +250,7 @@ AHEAD = {
     "actnorm": ("image-forward", "vector-inverse"),
     "conv1x1": ("image-bias", "vector-bias", "weights-lu-actnorm", "weights-lu-actnorm-inverse"),
     "gaussian": ("log_prob-softplus", "standard", "sample-glow", "kl-softplus"),
-    "sylvester": ("orthogonal-forward", "triangular-inverse"),
+    "sylvester": ("orthogonal-forward", "householder-forward", "triangular-inverse"),
     "trace": ("concat-tanh-3-wide", "concat_squash-silu-1-wide", "concat-tanh-3-wide-signs"),
 }
 WIDE = ("coupling-sigmoid2-forward", "gaussian-log_prob-softplus", "gaussian-sample-glow", "gaussian-kl-softplus",

@@ -62,8 +62,9 @@ def _project(x, basis, k, d, m, vectors, KIND: tl.constexpr, PD: tl.constexpr, P
         y = tl.sum(_tile(basis, m, d, PM, PD) * x[None, :], axis=1)
     else:
         y = _turn(x, k, d, KIND, PD)
-        for i in range(0, vectors):
-            y = _reflect(_vector(basis, i, d, PD), y)
+        if KIND == HOUSEHOLDER:
+            for i in range(0, vectors):
+                y = _reflect(_vector(basis, i, d, PD), y)
     return y
 
 
@@ -74,8 +75,9 @@ def _embed(u, basis, k, d, m, vectors, KIND: tl.constexpr, PD: tl.constexpr, PM:
         x = tl.sum(_tile(basis, m, d, PM, PD) * u[:, None], axis=0)
     else:
         x = _turn(u, k, d, KIND, PD)
-        for i in range(0, vectors):
-            x = _reflect(_vector(basis, vectors - 1 - i, d, PD), x)
+        if KIND == HOUSEHOLDER:
+            for i in range(0, vectors):
+                x = _reflect(_vector(basis, vectors - 1 - i, d, PD), x)
     return x
 
 
