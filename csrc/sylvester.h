@@ -10,9 +10,6 @@ enum class Basis : int { orthogonal, householder, triangular };  // VARIANTS in 
 
 constexpr double kGap = 1e-6;  // between 1 and a diagonal element: GAP in fastflow/ops/sylvester.py
 
-// Of Bjorck's iterations the last kPolish start from the columns themselves again.
-constexpr int kPolish = 2;
-
 // r = tanh(raw), no nearer to +-1 than kGap
 template <class T>
 struct Diagonal {

@@ -1,6 +1,6 @@
 // Orthonormal columns by a fixed number of Bjorck's iterations, Q <- Q (I + (I - Q^T Q) / 2) from Q0 / |Q0|, on the
-// Gram matrix: with E = Q^T Q - I an iteration is  P <- P - E P / 2,  E <- (E^3 - 3 E^2) / 4,  all [M, M], and Q = Q0 P at
-// the end. In double: the Gram matrix has the squared condition number. What it lost is got back by the last kPolish
+// Gram matrix: with E = Q^T Q - I an iteration is  P <- P - E P / 2,  E <- (E^3 - 3 E^2) / 4,  all [M, M], and Q = Q0 P
+// at the end. In double: the Gram matrix has the squared condition number. What it lost is got back by the last kPolish
 // iterations, which start from Q itself, orthonormal to a few roundings by then; they also see what really came out.
 // Q is kept as the rows of its transpose.
 #pragma once
@@ -9,10 +9,11 @@
 #include <cmath>
 #include <vector>
 
-#include "../sylvester.h"
 #include "tile.h"
 
 namespace fastflow {
+
+constexpr int64_t kPolish = 2;  // iterations that start from the columns themselves again
 
 using Doubles = std::vector<double>;
 
@@ -46,8 +47,8 @@ class Bjorck {
   double* rows() { return a_.data(); }  // A [M, wide]
   int64_t wide() const { return wide_; }
 
-  // Iterates as often as asked for, but for iterations that would change nothing: after the distance of Q^T Q from I was
-  // at most `enough`. Returns |Q^T Q - I|, and Q as rows in `out` [M, wide].
+  // Iterates as often as asked for, but for iterations that would change nothing: after the distance of Q^T Q from I
+  // was at most `enough`. Returns |Q^T Q - I|, and Q as rows in `out` [M, wide].
   double forward(bool normalise, double enough, double* out) {
     for (int64_t j = 0; j < d_; ++j)
       for (int64_t i = 0; i < m_; ++i) transposed_[j * row_ + i] = a_[i * wide_ + j];
@@ -127,7 +128,7 @@ class Orthonormal {
       : m_(m),
         d_(d),
         first_(m, d, std::max<int64_t>(0, iterations - kPolish)),
-        second_(m, d, std::min<int64_t>(iterations, kPolish)),
+        second_(m, d, std::min(iterations, kPolish)),
         normalise_(iterations > 0),
         one_(m * first_.wide()),
         two_(m * first_.wide()) {}

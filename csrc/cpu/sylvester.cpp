@@ -79,7 +79,9 @@ class Record {
 
 // --- loops over the hidden units: not to be inlined, within an outer loop gcc leaves them scalar -------------
 
-#define FF_LOOP template <class T> __attribute__((noinline)) void
+#define FF_LOOP      \
+  template <class T> \
+  __attribute__((noinline)) void
 
 FF_LOOP one_diagonal(const T* raw, T* r, T* gap, T* turn, int64_t n) {
 #pragma omp simd
@@ -92,7 +94,8 @@ FF_LOOP one_diagonal(const T* raw, T* r, T* gap, T* turn, int64_t n) {
 // gap2 becomes 1 + r1 r2
 FF_LOOP both_diagonals(const T* r1, const T* gap1, const T* r2, T* gap2, int64_t n) {
 #pragma omp simd
-  for (int64_t i = 0; i < n; ++i) gap2[i] = diagonal_slope(Diagonal<T>{r1[i], gap1[i], 0}, Diagonal<T>{r2[i], gap2[i], 0});
+  for (int64_t i = 0; i < n; ++i)
+    gap2[i] = diagonal_slope(Diagonal<T>{r1[i], gap1[i], 0}, Diagonal<T>{r2[i], gap2[i], 0});
 }
 
 FF_LOOP activate(const T* a, const T* slope, T* h, T* d, T* logs, int64_t n) {
@@ -133,7 +136,7 @@ FF_LOOP scale(const T* factor, const T* x, T* out, int64_t n) {
 template <class T>
 struct Parameters {
   int64_t m, row, step = -1;
-  const T* full = nullptr;    // [M, row]
+  const T* full = nullptr;  // [M, row]
   std::vector<T> r1, r2, slope, turn1, turn2, bias, copy;
   Columns<T> columns;
   bool wrong = false;  // columns that have not become orthonormal
@@ -158,7 +161,6 @@ struct Parameters {
     if (shift != bias.data()) std::copy_n(shift, m, bias.data());
     wrong = !(columns.load(in.basis, b, k) <= std::sqrt(std::numeric_limits<T>::epsilon()));
   }
-
 };
 
 // Everything of one thread. Vectors are padded to whole registers, with zeros.

@@ -1,14 +1,14 @@
-// Sylvester flows on a GPU: K steps z' = z + Q R1 tanh(R2 Q^T z + b), a block for every sample, its state in shared memory.
-// R1 and R2 are read where they lie: two triangles of one matrix. The columns Q of the orthogonal variant come
-// orthonormal already. Saved for backward: the inputs (of the inverse its output); a scratch record holds what the steps
-// leave for their gradient. Bound by latency, where M is large by reading the matrices and writing their gradients. The
-// arguments are packed by fastflow/ops/cuda/sylvester.py.
+// Sylvester flows on a GPU: K steps z' = z + Q R1 tanh(R2 Q^T z + b), a block for every sample, its state in shared
+// memory. R1 and R2 are read where they lie: two triangles of one matrix. The columns Q of the orthogonal variant come
+// orthonormal already. Saved for backward: the inputs (of the inverse its output); a scratch record holds what the
+// steps leave for their gradient. Bound by latency, where M is large by reading the matrices and writing their
+// gradients. The arguments are packed by fastflow/ops/cuda/sylvester.py.
 #include "../sylvester.h"
 #include "launch.cuh"
 
 namespace fastflow {
 
-constexpr int kBlock = 64;  // threads, as THREADS there
+constexpr int kBlock = kThreads / 4;  // threads, as THREADS there: D is 64 in the paper
 
 // element i of [b, k] at data[b batch + k step + i]
 struct Part {
@@ -80,8 +80,14 @@ struct Flow {
   T *z, *g, *t, *y, *h, *s, *u, *a, *gu, *ga, *gy, *w;
 
   FF_D Flow(const Sylvester& given, double* shared)
-      : in(given), b(blockIdx.x), k(0), kind(int(given.kind)), d(int(given.d)), m(int(given.m)),
-        vectors(int(given.vectors)), sums(shared) {
+      : in(given),
+        b(blockIdx.x),
+        k(0),
+        kind(int(given.kind)),
+        d(int(given.d)),
+        m(int(given.m)),
+        vectors(int(given.vectors)),
+        sums(shared) {
     T* memory = in.work ? reinterpret_cast<T*>(in.work) + b * in.work_size : reinterpret_cast<T*>(shared + kBlock / 32);
     z = memory, g = z + d, t = g + d, y = t + d;
     h = y + m, s = h + m, u = s + m, a = u + m, gu = a + m, ga = gu + m, gy = ga + m, w = gy + m;

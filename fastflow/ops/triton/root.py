@@ -13,7 +13,8 @@ def tanh_slope(a):
     """(tanh(a), 1 - tanh(a)^2), the second without cancellation."""
     q = exp(-2.0 * tl.abs(a))
     r = divide(1.0, 1.0 + q)
-    return tanh(a), 4.0 * q * (r * r)
+    h = tanh(a)
+    return h, tl.where(tl.abs(a) < 0.625, 1.0 - h * h, 4.0 * q * (r * r))
 
 
 @triton.jit
@@ -24,13 +25,18 @@ def derivative(slope, h, d):
 
 
 @triton.jit
+def log_one_plus(x, one_plus):
+    """log(1 + x), and below -0.5 by 1 + x as it is without cancellation."""
+    near = x < -0.5
+    u = tl.where(near, one_plus, 1.0 + x)
+    rest = tl.where(near, 0.0, x - (u - 1.0))  # what rounding lost, to first order
+    return log(u) + divide(rest, u)
+
+
+@triton.jit
 def log_derivative(slope, h, d):
     """Its logarithm, accurate near 0 and near the edge."""
-    x = (slope - 1.0) * d
-    u = 1.0 + x
-    steep = x < -0.5
-    near = log(tl.where(steep, 1.0, u)) + divide(x - (u - 1.0), tl.where(steep, 1.0, u))
-    return tl.where(steep, log(slope + (1.0 - slope) * (h * h)), near)
+    return log_one_plus((slope - 1.0) * d, slope + (1.0 - slope) * (h * h))
 
 
 @triton.jit
