@@ -10,9 +10,6 @@ enum class Basis : int { orthogonal, householder, triangular };  // VARIANTS in 
 
 constexpr double kGap = 1e-6;  // between 1 and a diagonal element: GAP in fastflow/ops/sylvester.py
 
-// Of Bjorck's iterations the last kPolish start from the columns themselves again.
-constexpr int kPolish = 2;
-
 // r = tanh(raw), no nearer to +-1 than kGap
 template <class T>
 struct Diagonal {
@@ -23,8 +20,9 @@ template <class T>
 FF_HD Diagonal<T> diagonal(T raw) {
   const Tanh<T> t = tanh_slope(raw);
   const T gap = t.d / (T(1) + abs(t.h)), limit = T(1) - T(kGap);
-  if (gap < T(kGap)) return {t.h < T(0) ? -limit : limit, T(kGap), T(0)};
-  return {t.h, gap, t.d};
+  const bool near = gap < T(kGap);
+  const T r = t.h < T(0) ? -limit : limit;
+  return {near ? r : t.h, near ? T(kGap) : gap, near ? T(0) : t.d};
 }
 
 // 1 + r1 r2

@@ -26,6 +26,9 @@ def names(cases):
 def sizes_of(case):
     """What has layers runs through the emulation for seconds: the ragged sizes of the others find as much."""
     return ("tiny",) if case.family in ("trace", "autoregressive") else ("tiny", "odd")
+    """Layers of a trace and steps of a Sylvester flow run through the emulation for seconds: the ragged sizes of
+    the others find as much."""
+    return ("tiny",) if case.family in ("sylvester", "trace") else ("tiny", "odd")
 
 
 @pytest.mark.slow
@@ -37,7 +40,7 @@ def test_conformance(case, dtype):
     testing.CHECKS["inverse"](case, "cuda", dtype)
 
 
-@names([case for case in testing.CASES if case.selftest and case.family != "trace"])
+@names([case for case in testing.CASES if case.selftest and case.family not in ("sylvester", "trace")])
 def test_half_precision(case):
     for dtype in (torch.bfloat16, torch.float16):
         testing.CHECKS["forward"](case, "cuda", dtype)

@@ -16,6 +16,7 @@ namespace fastflow {
 namespace {
 
 constexpr int64_t kParallelWork = 16 * 1024;  // elements of parameters below which a second thread costs more
+constexpr int64_t kHeld = 1024 * 1024;        // bytes of parameters of a sample's steps that stay in the cache
 
 // The tensors, or their gradients
 struct Tensors {
@@ -47,6 +48,17 @@ struct Problem {
       throw std::invalid_argument("the parameters of a Sylvester flow do not go together");
   }
   bool worth_it() const { return samples * steps * (m * m + vectors * d) >= kParallelWork; }
+  // are the parameters those of every sample?
+  bool shared() const {
+    for (const View* v : {&in.full, &in.diag1, &in.diag2, &in.bias, &in.basis})
+      if (*v && v->stride[0] != 0) return false;
+    return true;
+  }
+  // for how many steps the parameters stay ready on the way back
+  int64_t held() const {
+    const int64_t each = 8 * (kind == Basis::orthogonal ? 32 * m * m + 8 * m * d : m * m + 4 * vectors * d);
+    return std::max<int64_t>(1, std::min(steps, kHeld / std::max<int64_t>(1, each)));
+  }
 };
 
 // What the gradient of a step needs: its state before, y = Q^T z, h = tanh(a), 1 - h^2, u = R1 h.
@@ -65,182 +77,235 @@ class Record {
   std::vector<T> memory_;
 };
 
+// --- loops over the hidden units: not to be inlined, within an outer loop gcc leaves them scalar -------------
+
+#define FF_LOOP      \
+  template <class T> \
+  __attribute__((noinline)) void
+
+FF_LOOP one_diagonal(const T* raw, T* r, T* gap, T* turn, int64_t n) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) {
+    const Diagonal<T> made = diagonal(raw[i]);
+    r[i] = made.r, gap[i] = made.gap, turn[i] = made.d;
+  }
+}
+
+// gap2 becomes 1 + r1 r2
+FF_LOOP both_diagonals(const T* r1, const T* gap1, const T* r2, T* gap2, int64_t n) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i)
+    gap2[i] = diagonal_slope(Diagonal<T>{r1[i], gap1[i], 0}, Diagonal<T>{r2[i], gap2[i], 0});
+}
+
+FF_LOOP activate(const T* a, const T* slope, T* h, T* d, T* logs, int64_t n) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) {
+    const Tanh<T> t = tanh_slope(a[i]);
+    h[i] = t.h, d[i] = t.d;
+  }
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) logs[i] = log_derivative(slope[i], Tanh<T>{h[i], d[i]});
+}
+
+// the gradient of a from that of h = tanh(a)
+FF_LOOP through_tanh(const T* r1, const T* r2, const T* slope, const T* h, const T* d, const T* gh, T glogdet, T* ga,
+                     int64_t n) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i)
+    ga[i] = d[i] * gh[i] + glogdet * log_derivative_slope(r1[i], r2[i], slope[i], Tanh<T>{h[i], d[i]});
+}
+
+// one of them: r is the other diagonal, turn = dr/draw; gr = left right + what comes of the log-determinant
+FF_LOOP of_diagonal(const T* r, const T* turn, const T* slope, const T* h, const T* d, const T* left, const T* right,
+                    T glogdet, T* g, int64_t n) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i)
+    g[i] = turn[i] * (left[i] * right[i] + glogdet * d[i] * r[i] / derivative(slope[i], Tanh<T>{h[i], d[i]}));
+}
+
+// out = factor x
+FF_LOOP scale(const T* factor, const T* x, T* out, int64_t n) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) out[i] = factor[i] * x[i];
+}
+
+// --- the parameters and the steps -------------------------------------------------------------------
+
+// The parameters of one step, ready for use. Vectors are padded to whole registers, with zeros.
+template <class T>
+struct Parameters {
+  int64_t m, row, step = -1;
+  const T* full = nullptr;  // [M, row]
+  std::vector<T> r1, r2, slope, turn1, turn2, bias, copy;
+  Columns<T> columns;
+  bool wrong = false;  // columns that have not become orthonormal
+
+  explicit Parameters(const Problem& p)
+      : m(p.m),
+        row(m % Lanes<T>::n ? padded(m) : m),
+        copy(m * row),
+        columns(p.kind, p.d, p.m, p.vectors, p.iterations) {
+    for (auto* v : {&r1, &r2, &slope, &turn1, &turn2, &bias}) v->resize(padded(m));
+  }
+
+  void load(const Tensors& in, int64_t b, int64_t k) {
+    step = k;
+    full = block<T>(in.full, b, k, m, m).read(copy.data(), row);
+    const T* raw1 = block<T>(in.diag1, b, k, 1, m).read(r1.data(), m);
+    const T* raw2 = block<T>(in.diag2, b, k, 1, m).read(r2.data(), m);
+    one_diagonal(raw1, r1.data(), bias.data(), turn1.data(), m);
+    one_diagonal(raw2, r2.data(), slope.data(), turn2.data(), m);
+    both_diagonals(r1.data(), bias.data(), r2.data(), slope.data(), m);
+    const T* shift = block<T>(in.bias, b, k, 1, m).read(bias.data(), m);
+    if (shift != bias.data()) std::copy_n(shift, m, bias.data());
+    wrong = !(columns.load(in.basis, b, k) <= std::sqrt(std::numeric_limits<T>::epsilon()));
+  }
+};
+
 // Everything of one thread. Vectors are padded to whole registers, with zeros.
 template <class T>
 class Flow {
  public:
-  Flow(const Problem& p, int64_t recorded)
-      : p_(p),
-        m_(p.m),
-        row_(m_ % Lanes<T>::n ? padded(m_) : m_),
-        record_(recorded, p.d, p.m),
-        columns_(p.kind, p.d, p.m, p.vectors, p.iterations),
-        full_(m_ * row_),
-        gfull_(m_ * row_),
-        z_(padded(p.d)),
-        g_(padded(p.d)),
-        gqu_(padded(p.d)) {
-    for (auto* v : {&r1_, &r2_, &product_slope_, &turn1_, &turn2_, &bias_, &a_, &gy_, &gu_, &ga_, &work_})
-      v->resize(padded(m_));
+  using Step = Parameters<T>;
+
+  Flow(const Problem& p, int64_t recorded, int64_t held)
+      : p_(p), m_(p.m), record_(recorded, p.d, p.m), held_(held, Step(p)), gfull_(m_ * held_[0].row) {
+    for (auto* v : {&z_, &g_, &gqu_}) v->resize(padded(p.d));
+    for (auto* v : {&a_, &gy_, &gu_, &ga_, &work_}) v->resize(padded(m_));
   }
 
   // z' and the log-determinant of the direction, NaN where columns have not become orthonormal
   double run(const View& x, int64_t b, bool inverse, const View& out) {
-    start(x, b, z_);
+    start(x, b);
     double logdet = 0;
-    for (int64_t i = 0; i < p_.steps; ++i) logdet += inverse ? -step_back(b, p_.steps - 1 - i) : step(b, i, 0);
-    const Block<T> to = block<T>(out, b);
-    std::copy_n(z_.data(), p_.d, to.target(z_.data(), p_.d));
-    to.commit(z_.data(), p_.d);
+    for (int64_t i = 0; i < p_.steps; ++i) {
+      Step& s = parameters(b, inverse ? p_.steps - 1 - i : i);
+      logdet += inverse ? -back(s) : forth(s, 0);
+      if (s.wrong) logdet = std::numeric_limits<double>::quiet_NaN();
+    }
+    finish(out, b, z_);
     return logdet;
   }
 
   // From the gradients of a direction's results; x is what the steps start from, of the inverse its output.
   void backward(const View& x, const View& gout, T glogdet, int64_t b, bool inverse, const View& gx,
                 const Tensors& to) {
-    start(x, b, z_);
-    start(gout, b, g_);
+    start(x, b);
+    read(gout, b, g_);
     for (int64_t k = 0; k < p_.steps; ++k) {
-      step(b, k, inverse ? 0 : k);
-      if (inverse) gradient(b, k, 0, -glogdet, true, to);
+      Step& s = parameters(b, k);
+      forth(s, inverse ? 0 : k);
+      if (inverse) gradient(s, b, 0, -glogdet, true, to);
     }
-    for (int64_t k = p_.steps - 1; k >= 0 && !inverse; --k) {
-      if (k + 1 < p_.steps) load(b, k);
-      gradient(b, k, k, glogdet, false, to);
-    }
-    const Block<T> of_x = block<T>(gx, b);
-    std::copy_n(g_.data(), p_.d, of_x.target(g_.data(), p_.d));
-    of_x.commit(g_.data(), p_.d);
+    for (int64_t k = p_.steps - 1; k >= 0 && !inverse; --k) gradient(parameters(b, k), b, k, glogdet, false, to);
+    finish(gx, b, g_);
   }
 
  private:
-  static void start(const View& v, int64_t b, std::vector<T>& to) {
+  static void read(const View& v, int64_t b, std::vector<T>& to) {
     const T* from = block<T>(v, b).read(to.data(), v.size[1]);
     if (from != to.data()) std::copy_n(from, v.size[1], to.data());
   }
-
-  // the parameters of step k; 0, or NaN where its columns have not become orthonormal
-  double load(int64_t b, int64_t k) {
-    full_at_ = block<T>(p_.in.full, b, k, m_, m_).read(full_.data(), row_);
-    const T* raw1 = block<T>(p_.in.diag1, b, k, 1, m_).read(work_.data(), m_);
-    const T* raw2 = block<T>(p_.in.diag2, b, k, 1, m_).read(a_.data(), m_);
-    const T* bias = block<T>(p_.in.bias, b, k, 1, m_).read(bias_.data(), m_);
-    if (bias != bias_.data()) std::copy_n(bias, m_, bias_.data());
-    diagonals(raw1, raw2, r1_.data(), r2_.data(), turn1_.data(), turn2_.data(), product_slope_.data(), m_);
-    const double residual = columns_.load(p_.in.basis, b, k);
-    return residual <= std::sqrt(std::numeric_limits<T>::epsilon()) ? 0.0 : std::numeric_limits<double>::quiet_NaN();
+  static void finish(const View& v, int64_t b, std::vector<T>& from) {
+    const Block<T> to = block<T>(v, b);
+    if (to.direct(v.size[1])) std::copy_n(from.data(), v.size[1], to.where());
+    to.commit(from.data(), v.size[1]);
   }
 
-  static void diagonals(const T* raw1, const T* raw2, T* r1, T* r2, T* turn1, T* turn2, T* slope, int64_t n) {
-#pragma omp simd
-    for (int64_t i = 0; i < n; ++i) {
-      const Diagonal<T> one = diagonal(raw1[i]), two = diagonal(raw2[i]);
-      r1[i] = one.r, r2[i] = two.r, turn1[i] = one.d, turn2[i] = two.d, slope[i] = diagonal_slope(one, two);
-    }
+  void start(const View& x, int64_t b) {
+    read(x, b, z_);
+    if (!p_.shared())
+      for (Step& s : held_) s.step = -1;
   }
-
-  static void activate(const T* a, const T* slope, T* h, T* d, T* logs, int64_t n) {
-#pragma omp simd
-    for (int64_t i = 0; i < n; ++i) {
-      const Tanh<T> t = tanh_slope(a[i]);
-      h[i] = t.h, d[i] = t.d, logs[i] = log_derivative(slope[i], t);
-    }
-  }
-
-  // out = factor x
-  static void scale(const T* factor, const T* x, T* out, int64_t n) {
-#pragma omp simd
-    for (int64_t i = 0; i < n; ++i) out[i] = factor[i] * x[i];
+  Step& parameters(int64_t b, int64_t k) {
+    Step& s = held_[k % held_.size()];
+    if (s.step != k) s.load(p_.in, b, k);
+    return s;
   }
 
   // z -> z', what its gradient needs into the record; log|dz'/dz|
-  double step(int64_t b, int64_t k, int64_t at) {
-    const double wrong = load(b, k);
+  double forth(Step& s, int64_t at) {
     T *y = record_.y(at), *h = record_.h(at), *u = record_.u(at), *a = a_.data();
     std::copy_n(z_.data(), p_.d, record_.z(at));
-    columns_.project(z_.data(), y);
-    scale(r2_.data(), y, a, m_);
-    add_lower_transposed(full_at_, row_, m_, y, a);
-    for (int64_t i = 0; i < m_; ++i) a[i] += bias_[i];
-    activate(a, product_slope_.data(), h, record_.slope(at), work_.data(), m_);
+    s.columns.project(z_.data(), y);
+    scale(s.r2.data(), y, a, m_);
+    add_lower_transposed(s.full, s.row, m_, y, a);
+    for (int64_t i = 0; i < m_; ++i) a[i] += s.bias[i];
+    activate(a, s.slope.data(), h, record_.slope(at), work_.data(), m_);
     const double logdet = ordered_sum(work_.data(), m_);
-    scale(r1_.data(), h, u, m_);
-    add_upper(full_at_, row_, m_, h, u);
-    columns_.add(u, T(1), z_.data());
-    return logdet + wrong;
+    scale(s.r1.data(), h, u, m_);
+    add_upper(s.full, s.row, m_, h, u);
+    s.columns.add(u, T(1), z_.data());
+    return logdet;
   }
 
   // z' -> z by one scalar equation after the other, the last row first; log|dz'/dz|
-  double step_back(int64_t b, int64_t k) {
-    const double wrong = load(b, k);
-    T *y = record_.y(0), *h = record_.h(0), *u = record_.u(0);
-    std::vector<T>& logs = work_;
-    columns_.project(z_.data(), y);
+  double back(Step& s) {
+    T *y = record_.y(0), *h = record_.h(0), *u = record_.u(0), *a = a_.data();
+    s.columns.project(z_.data(), y);
     std::fill_n(h, m_, T(0));
-    std::copy_n(bias_.data(), m_, a_.data());
+    std::copy_n(s.bias.data(), m_, a);
     for (int64_t i = m_ - 1; i >= 0; --i) {
-      const T* F = full_at_ + i * row_;
+      const T* F = s.full + i * s.row;
       const T after = tail_dot(F, i, m_, h), rest = y[i] - after;
-      const Tanh<T> t = tanh_slope(tanh_root(r2_[i] * rest + a_[i], product_slope_[i]));
-      const T own = r1_[i] * t.h, value = rest - own;
-      h[i] = t.h, u[i] = own + after, logs[i] = log_derivative(product_slope_[i], t);
+      const Tanh<T> t = tanh_slope(tanh_root(s.r2[i] * rest + a[i], s.slope[i]));
+      const T own = s.r1[i] * t.h, value = rest - own;
+      h[i] = t.h, u[i] = own + after, work_[i] = log_derivative(s.slope[i], t);
 #pragma omp simd
-      for (int64_t j = 0; j < i; ++j) a_[j] += F[j] * value;
+      for (int64_t j = 0; j < i; ++j) a[j] += F[j] * value;
     }
-    columns_.add(u, T(-1), z_.data());
-    return ordered_sum(logs.data(), m_) + wrong;
+    s.columns.add(u, T(-1), z_.data());
+    return ordered_sum(work_.data(), m_);
   }
 
-  // The gradients of step k, whose parameters are loaded, from g, that of its result, and glogdet, that of log|dz'/dz|.
-  // `inverse`: g is that of z instead, and becomes that of z'.
-  void gradient(int64_t b, int64_t k, int64_t at, T glogdet, bool inverse, const Tensors& to) {
+  // The gradients of a step from g, that of its result, and glogdet, that of log|dz'/dz|; g becomes that of its state
+  // before. `inverse`: g is that of z instead, and becomes that of z'.
+  void gradient(Step& s, int64_t b, int64_t at, T glogdet, bool inverse, const Tensors& to) {
     const T *y = record_.y(at), *h = record_.h(at), *d = record_.slope(at), *u = record_.u(at);
     T *gu = gu_.data(), *ga = ga_.data(), *gy = gy_.data();
-    columns_.project(g_.data(), gu);
+    s.columns.project(g_.data(), gu);
     if (inverse) {
-      solve(h, d, glogdet, gu, ga, gy);
+      solve(s, h, d, glogdet, gu, ga, gy);
     } else {
-      scale(r1_.data(), gu, work_.data(), m_);
-      add_upper_transposed(full_at_, row_, m_, gu, work_.data());
-      for (int64_t i = 0; i < m_; ++i)
-        ga[i] = d[i] * work_[i] + glogdet * log_derivative_slope(r1_[i], r2_[i], product_slope_[i], {h[i], d[i]});
-      scale(r2_.data(), ga, gy, m_);
-      add_lower(full_at_, row_, m_, ga, gy);
+      scale(s.r1.data(), gu, work_.data(), m_);
+      add_upper_transposed(s.full, s.row, m_, gu, work_.data());
+      through_tanh(s.r1.data(), s.r2.data(), s.slope.data(), h, d, work_.data(), glogdet, ga, m_);
+      scale(s.r2.data(), ga, gy, m_);
+      add_lower(s.full, s.row, m_, ga, gy);
       std::copy_n(g_.data(), p_.d, gqu_.data());
     }
-    columns_.add(gy, T(1), g_.data());
+    s.columns.add(gy, T(1), g_.data());
     if (inverse)
       for (int64_t i = 0; i < p_.d; ++i) gqu_[i] = -g_[i];
 
+    const int64_t k = s.step;
     const Block<T> full = block<T>(to.full, b, k, m_, m_), one = block<T>(to.diag1, b, k, 1, m_),
                    two = block<T>(to.diag2, b, k, 1, m_), bias = block<T>(to.bias, b, k, 1, m_);
-    T *gfull = full.target(gfull_.data(), row_), *g1 = one.target(work_.data(), m_), *g2 = two.target(a_.data(), m_);
-    outer_triangles(row_, m_, y, ga, gu, h, gfull);
-    for (int64_t i = 0; i < m_; ++i) {
-      const T of_product = glogdet * d[i] / derivative(product_slope_[i], Tanh<T>{h[i], d[i]});
-      g1[i] = turn1_[i] * (gu[i] * h[i] + of_product * r2_[i]);
-      g2[i] = turn2_[i] * (ga[i] * y[i] + of_product * r1_[i]);
-    }
-    full.commit(gfull, row_), one.commit(g1, m_), two.commit(g2, m_);
-    std::copy_n(ga, m_, bias.target(ga, m_));
+    T *gfull = full.target(gfull_.data(), s.row), *g1 = one.target(work_.data(), m_), *g2 = two.target(a_.data(), m_);
+    outer_triangles(s.row, m_, y, ga, gu, h, gfull);
+    of_diagonal(s.r2.data(), s.turn1.data(), s.slope.data(), h, d, gu, h, glogdet, g1, m_);
+    of_diagonal(s.r1.data(), s.turn2.data(), s.slope.data(), h, d, ga, y, glogdet, g2, m_);
+    full.commit(gfull, s.row), one.commit(g1, m_), two.commit(g2, m_);
+    if (bias.direct(m_)) std::copy_n(ga, m_, bias.where());
     bias.commit(ga, m_);
-    columns_.gradient(record_.z(at), gy, u, gqu_.data(), to.basis, b, k);
+    s.columns.gradient(record_.z(at), gy, u, gqu_.data(), to.basis, b, k);
   }
 
   // Of the inverse: w + R2^T p = q, p = (1 - h^2) R1^T w - glogdet (log|.|)', lower triangular, from q in gu.
   // Then gu = -w, ga = -p and gy = R2^T ga = w - q are what they would be for the step forward with the gradient -w.
-  void solve(const T* h, const T* d, T glogdet, T* gu, T* ga, T* gy) {
+  void solve(const Step& s, const T* h, const T* d, T glogdet, T* gu, T* ga, T* gy) {
     T *before = work_.data(), *p = ga;
     std::fill_n(before, padded(m_), T(0));
     std::fill_n(p, padded(m_), T(0));
     for (int64_t j = 0; j < m_; ++j) {
-      const T* F = full_at_ + j * row_;
+      const T* F = s.full + j * s.row;
       const Tanh<T> t = {h[j], d[j]};
-      const T q = gu[j], own = d[j] * before[j] - glogdet * log_derivative_slope(r1_[j], r2_[j], product_slope_[j], t);
-      const T rest = head_dot(F, j, p);
-      const T w = (q - rest - r2_[j] * own) / derivative(product_slope_[j], t);
-      p[j] = d[j] * r1_[j] * w + own;
-      gy[j] = -(rest + r2_[j] * p[j]);
+      const T of_log = glogdet * log_derivative_slope(s.r1[j], s.r2[j], s.slope[j], t);
+      const T own = d[j] * before[j] - of_log, rest = head_dot(F, j, p);
+      const T w = (gu[j] - rest - s.r2[j] * own) / derivative(s.slope[j], t);
+      p[j] = d[j] * s.r1[j] * w + own;
+      gy[j] = -(rest + s.r2[j] * p[j]);
       gu[j] = -w;
 #pragma omp simd
       for (int64_t i = j + 1; i < m_; ++i) before[i] += F[i] * w;
@@ -249,12 +314,10 @@ class Flow {
   }
 
   const Problem& p_;
-  int64_t m_, row_;
+  int64_t m_;
   Record<T> record_;
-  Columns<T> columns_;
-  std::vector<T> full_, gfull_, z_, g_, gqu_;
-  std::vector<T> r1_, r2_, product_slope_, turn1_, turn2_, bias_, a_, gy_, gu_, ga_, work_;
-  const T* full_at_ = nullptr;
+  std::vector<Step> held_;
+  std::vector<T> gfull_, z_, g_, gqu_, a_, gy_, gu_, ga_, work_;
 };
 
 // --- what Python sees -------------------------------------------------------------------------------
@@ -266,7 +329,7 @@ void sylvester_fwd(const View& z, const View& full, const View& diag1, const Vie
   with_accumulator(z.dtype, [&](auto type) {
     using T = decltype(type);
     parallel_for(p.samples, p.worth_it(), [&](int64_t begin, int64_t end) {
-      Flow<T> flow(p, 1);
+      Flow<T> flow(p, 1, 1);
       for (int64_t b = begin; b < end; ++b) at<T>(logdet, b) = T(flow.run(z, b, inverse, out));
     });
   });
@@ -281,7 +344,7 @@ void sylvester_bwd(const View& x, const View& full, const View& diag1, const Vie
   with_accumulator(x.dtype, [&](auto type) {
     using T = decltype(type);
     parallel_for(p.samples, p.worth_it(), [&](int64_t begin, int64_t end) {
-      Flow<T> flow(p, inverse ? 1 : p.steps);
+      Flow<T> flow(p, inverse ? 1 : p.steps, inverse ? 1 : p.held());
       for (int64_t b = begin; b < end; ++b) flow.backward(x, gout, at<T>(glogdet, b), b, inverse, gx, to);
     });
   });

@@ -19,8 +19,8 @@ def orthonormal_tolerance(dtype: torch.dtype) -> float:
 
 
 def orthonormal(q: Tensor, iterations: int = ITERATIONS) -> Tensor:
-    r"""The nearest matrix with orthonormal columns: :math:`Q \leftarrow Q (I + \tfrac12 (I - Q^\top Q))`, a fixed number
-    of times from :math:`Q / \|Q\|_F`.
+    r"""The nearest matrix with orthonormal columns: :math:`Q \leftarrow Q (I + \tfrac12 (I - Q^\top Q))`, a fixed
+    number of times from :math:`Q / \|Q\|_F`.
 
     Args:
         q: [..., D, M] with M <= D; the columns must be linearly independent. An ill-conditioned matrix needs about

@@ -188,7 +188,7 @@ def sylvester(
 
     :math:`R_1` is the strictly upper triangle of ``full`` with the diagonal :math:`r_1 = \tanh d_1`, :math:`R_2` the
     transpose of the strictly lower one with :math:`r_2 = \tanh d_2`; the diagonal of ``full`` is not used. A diagonal
-    element stays 1e-6 away from ±1: every step is invertible, in float32 too. The D x M matrix Q has orthonormal columns:
+    element stays 1e-6 away from ±1: every step is invertible, in float32 too. Q [D, M] has orthonormal columns:
 
     - ``q`` given (orthogonal): those nearest to its columns, by :func:`fastflow.orthonormal`;
     - ``vectors`` given (Householder): M = D and :math:`Q = \prod_h (I - 2 v_h v_h^\top / \|v_h\|^2)`, never formed; a
@@ -236,11 +236,14 @@ def sylvester(
     if chosen == "reference":
         out, logdet = reference(*tensors, *options)
     else:
-        tensors = tuple(map(_check.strided, tensors))
+        # the gradient of the inverse starts from its output, which must not have been rounded to half precision
+        start = z.to(accumulator(z.dtype)) if inverse else z
+        tensors = (start, *map(_check.strided, tensors[1:]))
         if any_grad(*tensors):
             out, logdet = _Sylvester.apply(chosen, *tensors, *options)
         else:
             out, logdet = _forward[chosen](*tensors, *options)
+        out = out.to(z.dtype)
     if q is not None and z.device.type == "cpu":
         _require_orthonormal(logdet, tensors[-1], iterations)
     return out, logdet

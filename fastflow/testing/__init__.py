@@ -14,6 +14,7 @@ from fastflow.testing import (
     masked,
     mlp_coupling,
     planar,
+    sylvester,
     trace,
     wavenet,
 )
@@ -33,6 +34,7 @@ _FAMILIES = (
     planar,
     autoregressive,
     masked,
+    sylvester,
 )
 
 CASES: tuple[Case, ...] = tuple(case for family in _FAMILIES for case in family.cases())

@@ -89,6 +89,7 @@ _MLP_COUPLING = {
     "mlp_coupling_bwd": "StackBackward",
     "mlp_coupling_finish": "StackFinish",
 }
+_SYLVESTER = {"sylvester_fwd": "SylvesterForward", "sylvester_bwd": "SylvesterBackward"}
 
 USUAL = [
     *_steps("coupling", {"coupling_fwd": "CouplingForward", "coupling_bwd": "CouplingBackward"}, _THREE, general=True),
@@ -105,6 +106,7 @@ USUAL = [
     *_each("radial", {"radial_fwd": "StepsForward", "radial_bwd": "StepsBackward"}, _BOTH_WAYS),
     *_each("radial", {"radial_finish": "StepsFinish"}, _ACCUMULATORS),
     *_each("mlp_coupling", _MLP_COUPLING, _ACCUMULATORS),
+    *(i._replace(threads=64) for i in _each("sylvester", _SYLVESTER, _ACCUMULATORS)),
     *_each("trace", {"trace_rows": "Rows", "trace_contract": "Contract"}, _ACCUMULATORS),
     *_steps("trace", {"trace_activation_fwd": "Dual", "trace_activation_bwd": "DualBackward"}, _ACCUMULATORS),
     *_each("wavenet", {"wavenet_gate_fwd": "GateRows", "wavenet_gate_bwd": "GateRows"}, _ACCUMULATORS),

@@ -35,6 +35,7 @@ _FAMILIES = {
     "radial": ("radial_fwd", "radial_bwd"),
     "autoregressive": ("autoregressive_fwd", "autoregressive_bwd", "masked_weight_bwd"),
     "mlp_coupling": ("mlp_coupling_fwd", "mlp_coupling_bwd"),
+    "sylvester": ("sylvester_fwd", "sylvester_bwd"),
     "trace": ("trace_rows", "trace_rows_bwd", "trace_contract", "trace_layer_fwd", "trace_layer_bwd"),
     "wavenet": ("wavenet_gate_fwd", "wavenet_gate_bwd", "wavenet_generate"),
 }
