@@ -13,8 +13,9 @@
 //   load(step, k, block)                 fills it
 //   apply<inverse>(step, z, logdet, kept)
 //   replay<inverse>(step, z, kept)
-//   gradient<inverse>(step, in, out, kept, g, glogdet, k, block, sums)   g: of the output of the step, then of its
-//   input finish(sums)                         from the sums [K, sums()] to the gradients of shared parameters
+//   gradient<inverse>(step, in, out, kept, g, glogdet, k, block, sums)
+//                                        g: the gradient of the output of the step, then of its input
+//   finish(sums)                         from the sums [K, sums()] to the gradients of shared parameters
 #pragma once
 
 #include <algorithm>
