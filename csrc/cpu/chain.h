@@ -7,14 +7,15 @@
 // small beside the step. All of it belongs to a block of samples: memory does not grow with the batch.
 //
 // A family is a class with
-//   Number, kKept, kShared               its type T; numbers kept per sample; are the parameters those of all samples?
+//   Number, kKept                        its type T; how many numbers are kept of a step, per sample
 //   steps(), sums()                      K; how many sums over samples the shared parameters' gradients take, per step
 //   Step step()                          scratch for the parameters of one step, of a block of samples
 //   load(step, k, block)                 fills it
 //   apply<inverse>(step, z, logdet, kept)
 //   replay<inverse>(step, z, kept)
-//   gradient<inverse>(step, in, out, kept, g, glogdet, k, block, sums)   g: of the output of the step, then of its
-//   input finish(sums)                         from the sums [K, sums()] to the gradients of shared parameters
+//   gradient<inverse>(step, in, out, kept, g, glogdet, k, block, sums)
+//                                        g: the gradient of the output of the step, then of its input
+//   finish(sums)                         from the sums [K, sums()] to the gradients of shared parameters
 #pragma once
 
 #include <algorithm>

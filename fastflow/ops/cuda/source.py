@@ -62,7 +62,8 @@ def fingerprint() -> str:
     digest = hashlib.sha256()
     for path in files:
         digest.update(flattened(path.stem).encode())
-    for path in [*sorted(here.glob("*.py")), here.parent / "_layout.py", here.parent / "scale_map.py"]:
+    shared = ("_layout.py", "_steps.py", "planar.py", "radial.py", "scale_map.py")
+    for path in [*sorted(here.glob("*.py")), *(here.parent / name for name in shared)]:
         digest.update(path.read_bytes())
     ahead = " compiled ahead" if any(binary(path.stem) for path in files) else ""
     return digest.hexdigest()[:16] + ahead

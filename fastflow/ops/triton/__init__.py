@@ -96,6 +96,7 @@ def fingerprint() -> str:
     """Names the compiler and the sources: what a verdict on the kernels depends on beside device and driver."""
     digest = hashlib.sha256()
     here = Path(__file__).parent
-    for source in [*sorted(here.glob("*.py")), here.parent / "_layout.py", here.parent / "scale_map.py"]:
+    shared = ("_layout.py", "_steps.py", "planar.py", "radial.py", "scale_map.py")
+    for source in [*sorted(here.glob("*.py")), *(here.parent / name for name in shared)]:
         digest.update(source.read_bytes())
     return f"triton {_version} {'interpreted ' if _interpreting else ''}{digest.hexdigest()}"
