@@ -24,11 +24,8 @@ def names(cases):
 
 
 def sizes_of(case):
-    """What has layers runs through the emulation for seconds: the ragged sizes of the others find as much."""
-    return ("tiny",) if case.family in ("trace", "autoregressive") else ("tiny", "odd")
-    """Layers of a trace and steps of a Sylvester flow run through the emulation for seconds: the ragged sizes of
-    the others find as much."""
-    return ("tiny",) if case.family in ("sylvester", "trace") else ("tiny", "odd")
+    """What has layers or steps runs through the emulation for seconds: the ragged sizes of the others find as much."""
+    return ("tiny",) if case.family in ("trace", "autoregressive", "sylvester") else ("tiny", "odd")
 
 
 @pytest.mark.slow

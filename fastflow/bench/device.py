@@ -24,9 +24,17 @@ from fastflow.bench.contest import Contest, reached, top_kernels
 from fastflow.bench.measure import Rounds
 from fastflow.bench.row import Row
 
-FAMILIES = ("coupling", "gaussian", "glow", "conv1x1", "trace", "sylvester")  # the most wanted first
-    "coupling", "gaussian", "glow", "conv1x1", "trace", "wavenet", "mlp_coupling",
-)  # fmt: skip
+FAMILIES = (  # the most wanted first
+    "coupling",
+    "gaussian",
+    "glow",
+    "conv1x1",
+    "trace",
+    "mlp_coupling",
+    "planar",
+    "sylvester",
+    "wavenet",
+)
 SECONDS = 1.5  # for the rounds of a row
 BROKEN = 75  # exit status: this process can use its GPU no more
 

@@ -14,10 +14,18 @@ __all__ = ["FAMILIES", "Contenders", "Row", "captured", "compiled", "contenders"
 
 Contenders = dict[str, Callable[[], Any]]
 
-FAMILIES = ("coupling", "conv1x1", "gaussian", "trace", "sylvester", "glow")  # one file of rows each
-    "coupling", "conv1x1", "gaussian", "trace", "glow", "wavenet", "planar", "masked",
+FAMILIES = (  # one file of rows each
+    "coupling",
+    "conv1x1",
+    "gaussian",
+    "trace",
+    "glow",
+    "planar",
+    "sylvester",
+    "masked",
     "mlp_coupling",
-)  # fmt: skip
+    "wavenet",
+)
 CPU = ("reference",)
 GPU = ("triton", "eager graph")  # beside fastflow, eager and torch.compile
 GPU_TUNED = (*GPU, "max-autotune")  # where tuning takes seconds, not minutes

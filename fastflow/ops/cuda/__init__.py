@@ -14,10 +14,20 @@ from torch import Tensor
 from fastflow.ops._check import unsuited
 from fastflow.ops.cuda import load, source
 
-FAMILIES = ("coupling", "actnorm", "conv1x1", "conv1x1_weights", "gaussian", "sylvester", "trace")
-    "coupling", "actnorm", "conv1x1", "conv1x1_weights", "gaussian", "trace", "wavenet", "planar",
-    "radial", "autoregressive", "mlp_coupling",
-)  # fmt: skip
+FAMILIES = (
+    "coupling",
+    "actnorm",
+    "conv1x1",
+    "conv1x1_weights",
+    "gaussian",
+    "trace",
+    "planar",
+    "radial",
+    "sylvester",
+    "autoregressive",
+    "mlp_coupling",
+    "wavenet",
+)
 
 _kernels: dict[str, Callable[..., None]] = {}
 

@@ -79,10 +79,10 @@ _GAUSSIAN = {
 }
 
 
-
 def _sweeps() -> list[Instance]:
     kernels = {"autoregressive_fwd": "SweepForward", "autoregressive_bwd": "SweepBackward"}
     return [Instance("autoregressive", k, a, t, 128) for k, a in kernels.items() for t in _ACCUMULATORS]
+
 
 _MLP_COUPLING = {
     "mlp_coupling_fwd": "StackForward",
