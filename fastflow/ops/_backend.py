@@ -31,7 +31,7 @@ class Family(NamedTuple):
 
     name: str
     gpu: tuple[str, ...] = ("cuda", "triton")
-    """The backends for a GPU, the fastest first. That CUDA C++ is the faster is a guess until a GPU was at hand."""
+    """The backends for a GPU that have kernels, the fastest first. That CUDA C++ is the faster is a guess until a GPU was at hand."""
 
 
 class _Forced(threading.local):
@@ -93,6 +93,8 @@ def reasons(tensors: tuple[Tensor | None, ...] = (), family: Family | None = Non
 
 def _refusal(name: str, tensors: tuple[Tensor | None, ...], family: Family | None) -> str | None:
     backend = NATIVE[name]
+    if family is not None and name in TESTED and name not in family.gpu:
+        return f"has no kernels for {family.name}"
     if (reason := backend.unavailable()) is not None:
         return reason
     if not torch.compiler.is_compiling() and transformed():

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from fastflow.ops._backend import BACKENDS
+
 __all__ = ["Case", "DTYPES", "Inputs", "randn"]
 
 Inputs = dict[str, Tensor]
@@ -39,6 +41,8 @@ class Case:
     """Where ``run`` computes in float64 whatever its inputs are: the case in the dtype of its inputs throughout. How
     large the rounding of float64 is shows there."""
 
+    backends: tuple[str, ...] = BACKENDS
+    """Those that have kernels for it, and the reference."""
     selftest: bool = False
     """Part of what a GPU backend must pass before its first use?"""
 

@@ -87,6 +87,7 @@ def _case(
         make,
         keep=kept(make("tiny")),
         orders=orders,
+        backends=("cpu", "reference"),
     )
 
 
