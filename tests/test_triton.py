@@ -17,6 +17,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from fastflow.testing import CASES
+
 if __name__ != "__main__":
     pytest.importorskip("triton")
 
@@ -30,6 +32,8 @@ CHECKS = {
     "bfloat16": TINY,
     "float16": TINY,
 }
+# a program for every sample, which the interpreter runs for a while: tiny sizes, the self-test's cases beside float32
+SLOW = ("autoregressive", "sylvester")
 # what is seen of the autograd.Function around the kernels is the same for all cases of an op
 FEW = ("logdet", "gradcheck")
 UNDIFFERENTIATED = ("wavenet-generation",)  # what it has of gradients is that of wavenet-plain
@@ -158,12 +162,13 @@ def table(family: str, dtype: str, checks: str, *names: str) -> None:
         if (names and case.id not in names) or getattr(torch, dtype) not in case.dtypes:
             continue
         for name in checks.split(","):
-            if name in FEW and (not case.selftest or case.id in UNDIFFERENTIATED):
+            few = name in FEW or (case.family in SLOW and dtype != "float32")
+            if (few and not case.selftest) or (name in FEW and case.id in UNDIFFERENTIATED):
                 continue
-            if case.family == "autoregressive":  # a sweep is long: the inverse alone runs the ragged sizes
-                if dtype != "float32" and not case.selftest:
-                    continue
-                name = f"tiny {name}" if f"tiny {name}" in known else name
+            if case.family == "sylvester" and name == "inverse":
+                continue
+            if case.family in SLOW and f"tiny {name}" in known:
+                name = f"tiny {name}"
             try:
                 known[name](case, "triton", getattr(torch, dtype), "cpu")
             except Exception as error:
