@@ -200,7 +200,9 @@ def test_a_step_of_the_optimiser_reaches_the_samples(model):
     after = model.sample(2, generator=generator.manual_seed(0))
     assert not torch.equal(after, before)
     x, _ = model.sample_and_log_prob(2, generator=generator.manual_seed(0))
-    torch.testing.assert_close(model.decode(model.encode(x)[0]), x, rtol=0, atol=1e-4)
+    with fastflow.use_backend("reference"):  # its error: these samples are large
+        error = (model.decode(model.encode(x)[0]) - x).abs().max().item()
+    torch.testing.assert_close(model.decode(model.encode(x)[0]), x, rtol=0, atol=2 * error)
     torch.testing.assert_close(x, after)
 
 

@@ -31,7 +31,8 @@ class Family(NamedTuple):
 
     name: str
     gpu: tuple[str, ...] = ("cuda", "triton")
-    """The backends for a GPU that have kernels, the fastest first. That CUDA C++ is the faster is a guess until a GPU was at hand."""
+    """The backends for a GPU that have kernels, the fastest first. That CUDA C++ is the faster is a guess until a GPU
+    was at hand."""
 
 
 class _Forced(threading.local):

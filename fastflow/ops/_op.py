@@ -6,6 +6,7 @@ implementation that torch.compile traces with. ``torch.ops.fastflow.<name>.<back
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from fastflow.ops import _backend
 
-__all__ = ["op", "accumulator", "any_grad", "second_order", "reference_vjp"]
+__all__ = ["op", "accumulator", "any_grad", "second_order", "reference_vjp", "without_autocast"]
 
 _LIBRARY = torch.library.Library("fastflow", "DEF")
 
@@ -94,3 +95,10 @@ def reference_vjp(
         torch.autograd.grad([o for o, _ in pairs], wanted, [g for _, g in pairs], create_graph=True, allow_unused=True)
     )
     return tuple(next(found) if t is not None and t.requires_grad else None for t in inputs)
+
+
+def without_autocast(x: Tensor) -> contextlib.AbstractContextManager:
+    """Ops compute in float32 as a whole; autocast would narrow the products of a reference."""
+    if torch.is_autocast_enabled(x.device.type):
+        return torch.autocast(x.device.type, enabled=False)
+    return contextlib.nullcontext()

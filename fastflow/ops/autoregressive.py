@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from fastflow.ops import _check, masked
 from fastflow.ops._backend import Family, choose
-from fastflow.ops._op import accumulator, any_grad, op, reference_vjp, second_order
+from fastflow.ops._op import accumulator, any_grad, op, reference_vjp, second_order, without_autocast
 from fastflow.ops.masked import Activation
 from fastflow.ops.scale_map import KINDS, ScaleMap, log_scale, scale_map
 
@@ -256,7 +256,7 @@ def autoregressive_inverse(
     if backend == "cuda" and n > MOST_LAYERS:
         backend = "reference"
     z, direct, *rest = masked.widened(accumulator(dtype), z, direct, *weights, *starts)
-    with masked.without_autocast(z), torch.set_grad_enabled(torch.is_grad_enabled() and form != "bernoulli"):
+    with without_autocast(z), torch.set_grad_enabled(torch.is_grad_enabled() and form != "bernoulli"):
         x, logdet = _run(backend, z, rest[:n], rest[n:], counts, direct, (code, residual, *step))
     return x.to(dtype), logdet
 

@@ -3,7 +3,6 @@ a leading part that grows from unit to unit, so the half of the weights that is 
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Sequence
 from typing import Literal
 
@@ -13,7 +12,7 @@ from torch.nn import functional as F
 
 from fastflow.ops import _check
 from fastflow.ops._backend import Family, choose
-from fastflow.ops._op import accumulator, any_grad, op, reference_vjp, second_order
+from fastflow.ops._op import accumulator, any_grad, op, reference_vjp, second_order, without_autocast
 
 __all__ = ["ACTIVATIONS", "Activation", "activate", "masked_linear", "masked_mlp", "staircase"]
 
@@ -261,12 +260,6 @@ def widened(dtype: torch.dtype, *tensors: Tensor | None) -> tuple[Tensor | None,
     """The tensors in the dtype that is computed in."""
     return tuple(t if t is None or t.dtype == dtype else t.to(dtype) for t in tensors)
 
-
-def without_autocast(x: Tensor) -> contextlib.AbstractContextManager:
-    """What is computed in float32 stays so."""
-    if torch.is_autocast_enabled(x.device.type):
-        return torch.autocast(x.device.type, enabled=False)
-    return contextlib.nullcontext()
 
 
 def activation_index(activation: str) -> int:

@@ -13,7 +13,6 @@ bounded scale.
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Sequence
 from typing import Literal
@@ -23,7 +22,7 @@ from torch import Tensor
 
 from fastflow.ops import _backend, _check
 from fastflow.ops._backend import BackendError, Family, choose
-from fastflow.ops._op import accumulator, any_grad, op, reference_vjp, second_order
+from fastflow.ops._op import accumulator, any_grad, op, reference_vjp, second_order, without_autocast
 from fastflow.ops.mlp_stack import MLPStack
 
 __all__ = ["mlp_coupling"]
@@ -169,7 +168,7 @@ def mlp_coupling(
     narrow = x if x.dtype == dtype else x.to(dtype)
     context = context if context is None or context.dtype == dtype else context.to(dtype)
     if chosen == "reference":
-        with _without_autocast(x.device.type):
+        with without_autocast(x):
             y, total = reference(narrow, context, *params, stack=stack, inverse=inverse)
     elif any_grad(x, context, *params):
         output = save == "output" or (save == "auto" and stack.amplification[inverse] <= DOUBLES)
@@ -216,9 +215,3 @@ def _fitting(name: str, tensor: Tensor, x: Tensor) -> Tensor:
     _check.beside(name, tensor, x, tuple(tensor.shape))
     return tensor.to(accumulator(x.dtype)).contiguous()
 
-
-def _without_autocast(device: str) -> contextlib.AbstractContextManager:
-    """The reference computes as the kernels do, in float32."""
-    if torch.is_autocast_enabled(device):
-        return torch.autocast(device, enabled=False)
-    return contextlib.nullcontext()

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastflow.ops import _check
 from fastflow.ops._backend import Family, choose, transformed
-from fastflow.ops._op import accumulator, any_grad, op, reference_vjp, second_order
+from fastflow.ops._op import accumulator, any_grad, op, reference_vjp, second_order, without_autocast
 from fastflow.ops._root import log_derivative, tanh_root
 from fastflow.ops.orthonormal import ITERATIONS, orthonormal_rows, orthonormal_tolerance, residual
 
@@ -226,6 +226,21 @@ def sylvester(
     (True, True)
     """
     variant, shared, basis = _check_arguments(z, full, diag1, diag2, bias, q, vectors, iterations)
+    with without_autocast(z):
+        return _run(z, full, diag1, diag2, bias, basis, (variant, shared, iterations, inverse), backend)
+
+
+def _run(
+    z: Tensor,
+    full: Tensor,
+    diag1: Tensor,
+    diag2: Tensor,
+    bias: Tensor,
+    basis: Tensor | None,
+    how: tuple[int, bool, int, bool],
+    backend: str | None,
+) -> tuple[Tensor, Tensor]:
+    variant, shared, iterations, inverse = how
     tensors = (z, full, diag1, diag2, bias, basis)
     if shared:
         if VARIANTS[variant] == "orthogonal" and iterations > 0:  # once for all samples
@@ -244,7 +259,7 @@ def sylvester(
         else:
             out, logdet = _forward[chosen](*tensors, *options)
         out = out.to(z.dtype)
-    if q is not None and z.device.type == "cpu":
+    if VARIANTS[variant] == "orthogonal" and z.device.type == "cpu":
         _require_orthonormal(logdet, tensors[-1], iterations)
     return out, logdet
 

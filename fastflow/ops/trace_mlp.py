@@ -9,7 +9,6 @@ and e . J e is the trace's estimate for the probe e. Training needs only the ord
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 from functools import partial
 from typing import Literal
@@ -20,7 +19,7 @@ from torch.nn import functional as F
 
 from fastflow.ops import _check
 from fastflow.ops._backend import Family, choose
-from fastflow.ops._op import accumulator, any_grad, op, reference_vjp, second_order
+from fastflow.ops._op import accumulator, any_grad, op, reference_vjp, second_order, without_autocast
 from fastflow.ops.trace import Rademacher, signs
 
 __all__ = ["mlp_trace"]
@@ -280,7 +279,7 @@ def mlp_trace(
     params = _parameters(x, layers, layer)
     backend = choose(FAMILY, (x, probes, *params), backend)
     tensors = tuple(p if p is None or p.dtype == dtype else p.to(dtype) for p in (x, time, probes, *params))
-    with _without_autocast(x.device.type):
+    with without_autocast(x):
         value, trace = _run(backend, tensors, count, seed, LAYERS.index(layer), ACTIVATIONS.index(activation))
     return value.to(x.dtype), {"sum": lambda: trace.sum(0), "only": lambda: trace[0], "all": lambda: trace}[reduce]()
 
@@ -306,12 +305,6 @@ def _materialised(x: Tensor, probes: Tensor | None, count: int = 0, seed: int = 
     """The probes [S, B, D], made of the seed where they are not given."""
     return signs((count, *x.shape), seed, dtype=x.dtype, device=x.device) if probes is None else probes
 
-
-def _without_autocast(device: str) -> contextlib.AbstractContextManager:
-    """The sweep is computed in float32 as a whole: what autocast would narrow is the trace's precision."""
-    if torch.is_autocast_enabled(device):
-        return torch.autocast(device, enabled=False)
-    return contextlib.nullcontext()
 
 
 def _probes(x: Tensor, probes: Tensor | Rademacher | None, exact: bool) -> tuple[Tensor | None, int, int, str]:

@@ -18,8 +18,7 @@ from torch.nn import functional as F
 
 from fastflow.ops import _check
 from fastflow.ops._backend import Family, choose
-from fastflow.ops._op import accumulator, any_grad, op, reference_vjp, second_order
-from fastflow.ops.trace_mlp import _without_autocast
+from fastflow.ops._op import accumulator, any_grad, op, reference_vjp, second_order, without_autocast
 
 __all__ = ["wavenet_stack"]
 
@@ -282,7 +281,7 @@ def wavenet_stack(
     dtype, channels, skipped = accumulator(x.dtype), x.shape[2], skip_weight.shape[1]
     given = (x, *weights, context, context_weight, past)
     backend = choose(FAMILY, given, backend)
-    with _without_autocast(x.device.type):
+    with without_autocast(x):
         x, *weights, context, context_weight, past = (t if t is None else t.to(dtype) for t in given)
         pad = 1 if backend == "reference" else PAD
         matrices = pack(*weights, context_weight, samples=x.shape[0], pad=pad)

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from fastflow.ops import _check, wavenet
 from fastflow.ops._backend import Family, choose
-from fastflow.ops._op import accumulator, op
+from fastflow.ops._op import accumulator, op, without_autocast
 from fastflow.ops.wavenet import PAD, pack, padded
 
 __all__ = ["WaveNetWeights", "embed", "wavenet_feed", "wavenet_generate", "wavenet_weights"]
@@ -223,10 +223,11 @@ def wavenet_generate(
     if context is not None:
         context = padded(context.to(past.dtype), 2, PAD).contiguous()
     run = reference if backend == "reference" else _generate[backend]
-    codes, logits = run(
-        embedding, gate, bias.expand(-1, past.shape[0], -1), *rest, context, past, recent, uniforms.contiguous(),
-        list(weights.dilations), position, float(temperature), return_logits,
-    )  # fmt: skip
+    with without_autocast(past):
+        codes, logits = run(
+            embedding, gate, bias.expand(-1, past.shape[0], -1), *rest, context, past, recent, uniforms.contiguous(),
+            list(weights.dilations), position, float(temperature), return_logits,
+        )  # fmt: skip
     return (codes, logits) if return_logits else codes
 
 
@@ -256,10 +257,12 @@ def wavenet_feed(
     every = torch.cat([recent, codes], 1)
     matrices = (gate, bias.expand(-1, past.shape[0], -1), residual, skip)
     before, x = in_order(past, rows, position), embed(every[:, :-1], embedding)
-    _, total, after = wavenet.run(backend, x, *matrices, context, before, list(weights.dilations), True)
+    with without_autocast(past):
+        _, total, after = wavenet.run(backend, x, *matrices, context, before, list(weights.dilations), True)
+        logits = _head(total, hidden, output)[..., : weights.levels]
     past.copy_(in_order(after, rows, -position - steps))
     recent.copy_(every[:, steps:])
-    return _head(total, hidden, output)[..., : weights.levels]
+    return logits
 
 
 def _check_state(
