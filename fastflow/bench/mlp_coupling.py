@@ -114,8 +114,8 @@ def rows() -> Iterator[Row]:
     for batch, target in ((512, 5.0), (4096, 4.0)):
         make, flops = partial(_make, _step, batch), 3 * once * batch
         yield Row("mlp_coupling", f"{name} B={batch} training", make, flops=flops, targets={"normflows": target})
-    for batch, targets in ((512, {"normflows": 6.0}), (4096, {})):
-        make, flops = partial(_make, _log_prob, batch), once * batch
+    for batch in (512, 4096):
+        make, flops, targets = partial(_make, _log_prob, batch), once * batch, {"normflows": 6.0}
         yield Row("mlp_coupling", f"{name} B={batch} log_prob", make, flops=flops, targets=targets, demo=batch == 512)
 
 

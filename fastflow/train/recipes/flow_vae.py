@@ -3,6 +3,7 @@ and so on choose the flow, and everything else stays as it is. Figures while tra
 importance-sampled."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from ..config import TrainConfig
@@ -65,6 +66,15 @@ RECIPES = {
     "freyfaces": _short("integers", _GREY, _FACES, epochs=30, batch_size=32, patience=3),  # overfits after some 20
     "npz": _short("integers", _GREY, epochs=30, patience=3),
 }
+
+
+def with_posterior(posterior: str, recipes: Mapping[str, Recipe]) -> dict[str, Recipe]:
+    """The same recipes of bits and of faces with another posterior."""
+
+    def change(recipe: Recipe) -> Recipe:
+        return replace(recipe, config=lambda data: {**recipe.config(data), "posterior": posterior})
+
+    return {name: change(recipes[name]) for name in ("mnist-static", "freyfaces") if name in recipes}
 
 
 def _paper(form: str, figures: Mapping[str, float] = {}, **options: Any) -> Recipe:

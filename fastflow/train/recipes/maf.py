@@ -1,5 +1,7 @@
 """MAF (https://arxiv.org/abs/1705.07057)."""
 
+from dataclasses import replace
+
 from ..config import TrainConfig
 from ..recipe import Recipe
 
@@ -28,7 +30,6 @@ RECIPES = {
         TrainConfig(
             epochs=40, batch_size=100, lr=1e-3, clip=None, cooldown=0.7, ema=0.0, weight_decay=1e-4, patience=8
         ),
-        published=lambda config: _MINIBOONE if config["features"] == 43 else None,
     ),
     "patches": Recipe(
         "MAF",
@@ -49,7 +50,6 @@ PUBLISHED = {
         "MAF",
         lambda data: _network(data, steps=5, hidden=(512, 512)),
         _PUBLISHED,
-        published=lambda config: _MINIBOONE if config["features"] == 43 else None,
     ),
     "patches": Recipe(
         "MAF",
@@ -58,3 +58,6 @@ PUBLISHED = {
         published=(-155.69, "MAF, table 1: BSDS300"),
     ),
 }
+
+for _book in (RECIPES, PUBLISHED):
+    _book["miniboone"] = replace(_book["rows"], published=_MINIBOONE)
