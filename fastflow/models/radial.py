@@ -5,28 +5,14 @@ Rezende & Mohamed, variational inference with normalizing flows, 2015, https://a
 
 from __future__ import annotations
 
-from typing import Any, Literal
-
-from fastflow.nn.base import Inverse
-from fastflow.nn.base_distribution import StandardNormal
-from fastflow.nn.flow import Flow
+from fastflow.models.planar import StepFlow
 from fastflow.nn.radial import Radial as RadialLayer
 
 __all__ = ["Radial"]
 
 
-class Radial(Flow):
-    """A standard normal seen through K radial steps.
-
-    The formula of a step runs one way; the other way is in closed form. ``direction`` says which way the formula is:
-    ``"density"`` from data to latents, so that ``log_prob`` evaluates it, or ``"sampling"`` from latents to data, as in
-    the paper: then ``sample_and_log_prob`` evaluates it, to fit an energy, and ``log_prob`` of data goes through the
-    inverse. Both can be trained either way; they are different families of densities.
-
-    Args:
-        features: D; x is [B, D].
-        steps: K.
-        direction: which way the formula of a step runs.
+class Radial(StepFlow):
+    """K radial steps, solved the other way in closed form; arguments: :class:`fastflow.models.planar.StepFlow`.
 
     >>> import torch
     >>> model = Radial(features=2, steps=4)
@@ -34,9 +20,4 @@ class Radial(Flow):
     (torch.Size([3]), torch.Size([5, 2]))
     """
 
-    def __init__(self, features: int = 2, steps: int = 32, direction: Literal["density", "sampling"] = "density"):
-        if direction not in ("density", "sampling"):
-            raise ValueError(f"direction: expected density or sampling, got {direction!r}")
-        layer = RadialLayer(features, steps)
-        super().__init__(StandardNormal(features), layer if direction == "density" else Inverse(layer))
-        self.config: dict[str, Any] = {"features": features, "steps": steps, "direction": direction}
+    layer = RadialLayer

@@ -19,15 +19,16 @@ from fastflow.ops import masked
 from fastflow.ops.autoregressive import FORMS
 from fastflow.ops.masked import ACTIVATIONS, weight_grad_by_library
 from fastflow.ops.scale_map import kernel_map
-from fastflow.ops.triton.numeric import exp, expm1, logistic, tanh
+from fastflow.ops.triton.numeric import exp, logistic
 from fastflow.ops.triton.rows import launch
 from fastflow.ops.triton.scale_map import multiplier, scale_slope
+from fastflow.ops.triton.trace import activate
 
 __all__ = ["autoregressive_bwd", "autoregressive_fwd", "masked_weight_bwd"]
 
 SAMPLES, ROWS, DEPTH = 16, 4, 32  # of a program; units and inputs of a product
 SCALE_FIRST, SHIFT_FIRST, GATE, BERNOULLI = map(tl.constexpr, range(len(FORMS)))
-RELU, TANH, SOFTPLUS, ELU, SILU = map(tl.constexpr, range(len(ACTIVATIONS)))
+RELU = tl.constexpr(ACTIVATIONS.index("relu"))
 # a row of the table of layers: where its weights start, their strides, its rows, where its values and inputs are in
 # scratch, its first row in `saved`, its first start
 FIELDS = tl.constexpr(8)
@@ -39,20 +40,8 @@ def _activate(a, KIND: tl.constexpr):
     if KIND == RELU:
         y = tl.where(a < 0.0, 0.0, a)
         d = tl.where(a <= 0.0, 0.0, 1.0).to(a.dtype)
-    elif KIND == TANH:
-        y = tanh(a)
-        d = 1.0 - y * y
-    elif KIND == SOFTPLUS:
-        d, complement, y, q = logistic(a)
-    elif KIND == ELU:
-        positive = a > 0.0
-        low = expm1(tl.where(positive, 0.0, a))
-        y = tl.where(positive, a, low)
-        d = tl.where(positive, 1.0, low + 1.0)
-    else:  # a sigmoid(a)
-        sigmoid, complement, softplus, q = logistic(a)
-        y = a * sigmoid
-        d = sigmoid * (1.0 + a * complement)
+    else:
+        y, d = activate(a, KIND - 1)  # those of a trace, which come in the same order
     return y, d
 
 

@@ -93,7 +93,7 @@ def _contract(
 
 
 @triton.jit
-def _activate(a, KIND: tl.constexpr):
+def activate(a, KIND: tl.constexpr):
     """(phi(a), phi'(a))"""
     if KIND == TANH:
         y = tanh(a)
@@ -145,7 +145,7 @@ def _forward(a, bias, bias_step, z, samples, rows, width, KIND: tl.constexpr, BL
     """z = phi(a + bias), z' = phi'(a + bias) a'; of silu, a becomes a + bias."""
     j, at, valid = _units(samples, rows, width, BLOCK)
     value = tl.load(a + at, mask=valid, other=0.0) + tl.load(bias + j * bias_step, mask=valid, other=0.0)
-    y, d = _activate(value, KIND)
+    y, d = activate(value, KIND)
     if KIND == SILU:
         tl.store(a + at, value, mask=valid)
     tl.store(z + at, y, mask=valid)
@@ -161,7 +161,7 @@ def _backward(kept, g, y, samples, rows, width, KIND: tl.constexpr, BLOCK: tl.co
     value = tl.load(kept + start, mask=valid, other=0.0)
     d, c = _curve(value, KIND)
     if KIND == SILU:
-        again, slope = _activate(value, KIND)
+        again, slope = activate(value, KIND)
         tl.store(y + start, again, mask=valid)
     total = tl.zeros_like(value)
     at = start
