@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -40,20 +41,24 @@ def markdown(result: dict[str, Any]) -> str:
 
 
 def _rows(result: dict[str, Any], before: dict[str, Any] | None) -> list[list[str]]:
-    rivals = list(dict.fromkeys(n for row in result["rows"] for n in row["contenders"] if n != "fastflow"))
+    counts = Counter(n for row in result["rows"] for n in row["contenders"] if n != "fastflow")
+    rivals = [n for n, count in counts.items() if 4 * count >= len(result["rows"])]  # the others share a column
     earlier = {_id(row): row for row in before["rows"]} if before else {}
     gpu = "device" in result
-    head = ["", "time", "±", *["GB/s"] * gpu, "of floor", *(f"× {name}" for name in rivals), "memory", "target"]
+    head = ["", "time", "±", *["GB/s"] * gpu, "of floor", *(f"× {name}" for name in rivals)]
+    head += [*["× others"] * (len(rivals) < len(counts)), "memory", "target"]
     table = [head + (["× earlier"] if before else [])]
     for row in result["rows"]:
         ours, others = row["contenders"]["fastflow"], row["contenders"]
+        ratios = {n: f"{c['seconds'] / ours['seconds']:.2f}" for n, c in others.items() if n != "fastflow"}
         line = [
             _id(row),
             _time(ours["seconds"]),
             f"{ours['spread']:.0%}",
             *[f"{row['bytes'] / ours['seconds'] / 1e9:.0f}" if row.get("bytes") else ""] * gpu,
             f"{row['floor'] / ours['seconds']:.0%}" if row["floor"] else "",
-            *(f"{others[n]['seconds'] / ours['seconds']:.2f}" if n in others else "" for n in rivals),
+            *(ratios.pop(n, "") for n in rivals),
+            *[", ".join(f"{n} {ratio}" for n, ratio in ratios.items())] * ("× others" in head),
             " / ".join(_size(c["memory"]) for n, c in others.items() if n not in NOT_IN_MEMORY),
             _verdict(row),
         ]
@@ -73,10 +78,10 @@ def _verdict(row: dict[str, Any]) -> str:
     ours, parts = row["contenders"]["fastflow"]["seconds"], []
     for name, wanted in row["targets"].items():
         if name != "floor" and name not in row["contenders"]:
-            parts.append(f"{wanted:g}× {name} not run")
+            parts.append(f"{wanted:.3g}× {name} not run")
             continue
         reached = (row["floor"] if name == "floor" else row["contenders"][name]["seconds"]) / ours
-        what = f"{wanted:.0%} of floor" if name == "floor" else f"{wanted:g}× {name}"
+        what = f"{wanted:.0%} of floor" if name == "floor" else f"{wanted:.3g}× {name}"
         parts.append(f"{what} {'met' if reached >= wanted else 'MISSED'}")
     return ", ".join(parts)
 
