@@ -42,6 +42,7 @@ struct Float;
 template <>
 struct Float<float> {
   using Int = int32_t;
+  using Bits = uint32_t;
   static constexpr int mantissa = 23;
   static constexpr int bias = 127;
   static constexpr float round = 12582912.f;  // 1.5 * 2^23: adding it rounds to the nearest integer
@@ -52,6 +53,7 @@ struct Float<float> {
 template <>
 struct Float<double> {
   using Int = int64_t;
+  using Bits = uint64_t;
   static constexpr int mantissa = 52;
   static constexpr int bias = 1023;
   static constexpr double round = 6755399441055744.0;  // 1.5 * 2^52
@@ -75,6 +77,13 @@ FF_HD T not_a_number() {
 }
 
 // --- exp ------------------------------------------------------------------------------------------
+
+// 2^k; of a NaN's k whatever it is: unsigned, because bits that leave a signed number are undefined
+template <class T>
+FF_HD T power_of_two(typename Float<T>::Int k) {
+  using Bits = typename Float<T>::Bits;
+  return bit_cast<T>(Bits(Bits(k + Float<T>::bias) << Float<T>::mantissa));
+}
 
 // e^r - 1 on |r| <= ln2 / 2
 FF_HD float expm1_reduced(float r) {
@@ -111,8 +120,8 @@ FF_HD T exp(T x) {
   // n reaches bias + 1 near the top: scale in two halves so that neither overflows
   const Int k = bit_cast<Int>(shifted) - bit_cast<Int>(F::round);
   const Int half = k >> 1;
-  const T low = bit_cast<T>(Int((half + F::bias) << F::mantissa));
-  const T high = bit_cast<T>(Int((k - half + F::bias) << F::mantissa));
+  const T low = power_of_two<T>(half);
+  const T high = power_of_two<T>(k - half);
   T y = (expm1_reduced(r) + T(1)) * low * high;
   y = x < F::exp_low ? T(0) : y;
   return x > F::exp_high ? infinity<T>() : y;
@@ -131,7 +140,7 @@ FF_HD T exp_nonpositive(T x) {
   const T n = shifted - F::round;
   const T r = (v - n * F::ln2_high) - n * F::ln2_low;
   const Int k = bit_cast<Int>(shifted) - bit_cast<Int>(F::round);
-  const T y = (expm1_reduced(r) + T(1)) * bit_cast<T>(Int((k + F::bias) << F::mantissa));
+  const T y = (expm1_reduced(r) + T(1)) * power_of_two<T>(k);
   return x < F::exp_low ? T(0) : y;
 }
 
