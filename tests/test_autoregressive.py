@@ -243,8 +243,12 @@ def test_samples_of_binary_made():
     assert torch.equal(x, again)
     one = model.sample(50, temperature=0.0)
     assert torch.equal(one, one[:1].expand_as(one))  # the likelier value every time
-    with pytest.raises(ValueError, match="temperature: expected at least 0"):
-        model.sample(1, temperature=-1.0)
+    for temperature in (-1.0, float("nan")):
+        with pytest.raises(ValueError, match="temperature: expected a number of at least 0"):
+            model.sample(1, temperature=temperature)
+    for value in (0.5, 2.0, float("nan")):
+        with pytest.raises(ValueError, match="x: expected the whole numbers 0 to 1"):
+            model.log_prob(torch.full_like(one, value))
 
 
 def test_ensembles():

@@ -153,6 +153,7 @@ def test_empty_batch():
     ("options", "message"),
     [
         ({"order": [0, 1, 1]}, "order: expected each of 0 ... 2 once, got [0, 1, 1]"),
+        ({"order": [0.5, 1.0, 2.0]}, "order: expected each of 0 ... 2 once, got [0.5, 1.0, 2.0]"),
         ({"order": "backwards"}, "order: expected None, 'reversed' or a permutation"),
         ({"hidden": (4, 0)}, "hidden: expected at least 1, got 0"),
         ({"features": 0}, "features: expected at least 1, got 0"),

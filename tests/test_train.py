@@ -9,6 +9,7 @@ import pytest
 import torch
 from standins import Tiny, TinyVAE, run, settings
 
+from fastflow.models import MADE
 from fastflow.train import (
     Images,
     NonFiniteLoss,
@@ -17,6 +18,7 @@ from fastflow.train import (
     evaluate,
     final_figure,
     load_data,
+    load_model,
     metrics,
     train,
 )
@@ -240,6 +242,17 @@ def test_an_evaluation_leaves_the_generator_alone_and_repeats_itself(bits):
     before = torch.random.get_rng_state()
     assert evaluate(model, bits) == evaluate(model, bits) != evaluate(model, bits, seed=1)
     assert torch.equal(before, torch.random.get_rng_state())
+
+
+def test_the_averaged_model_takes_masks_as_they_are(tmp_path):
+    """Few variables: some draws are the order itself, of which a MADE keeps no permutation."""
+    bits = torch.randint(0, 2, (64, 1, 1, 2), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    data = Images("bits", bits, bits[:16], 2, "static", flat=True)
+    model = MADE(2, hidden=(3,), num_masks=6)
+    train(model, data, TrainConfig(steps=6, batch_size=16, eval_every=1), tmp_path, progress=False)
+    averaged = load_model(tmp_path)[0].network
+    for name, buffer in model.network.named_buffers():
+        assert torch.equal(averaged.get_buffer(name), buffer), name
 
 
 def test_patience(digits, tmp_path):

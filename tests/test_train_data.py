@@ -99,6 +99,24 @@ def test_bad_options():
         load_data("rows", "x.csv", colour=1)
 
 
+def test_options_of_the_wrong_type(tmp_path):
+    (tmp_path / "x.csv").write_text("1,2\n3,4\n")
+    for name, option, value in (
+        ("audio", "length", "long"),
+        ("audio", "length", 10.5),
+        ("audio", "rate", 0),
+        ("audio", "test_takes", None),
+        ("patches", "side", 1),
+        ("patches", "side", "8"),
+        ("patches", "train", 0),
+        ("images", "size", "8"),
+    ):
+        with pytest.raises(UserError, match=f"{option}: .*got {value!r}"):
+            load_data(name, tmp_path, **{option: value})
+    with pytest.raises(UserError, match="separator: expected one character, got 3"):
+        load_data("rows", tmp_path / "x.csv", separator=3)
+
+
 # --- bits, faces, drawings, silhouettes -------------------------------------------------------
 
 
@@ -277,6 +295,10 @@ def test_bad_columns(tmp_path):
     constant[:, 2] = 0.1
     path.write_text(text(rows=constant))
     refuses("the constant column 2", "rows", path)
+    np.savez(tmp_path / "t.npz", x=TABLE.double() * torch.tensor([1, 1e300, 1], dtype=torch.float64))
+    refuses("variance is finite, not so in column 1", "rows", tmp_path / "t.npz")
+    np.savez(tmp_path / "t.npz", x=TABLE.double() * torch.tensor([1, 1e60, 1], dtype=torch.float64))
+    refuses("in float32: expected finite numbers", "miniboone", tmp_path / "t.npz")
     assert load_data("rows", path, drop=2).shape == (2,)
     refuses("keep at least one of the 3 columns", "rows", path, drop=(0, 1, 2))
     with pytest.raises(UserError, match="separator: expected one character, got ';;'"):
@@ -400,6 +422,7 @@ def test_npz_clips(tmp_path):
         ({"audio": np.full(400, np.nan)}, r"within \[-1, 1\]"),
         ({"audio": sound.astype(np.int32)}, "int16 or float"),
         ({"take": np.array([1, 2])}, "for the 3 clips"),
+        ({"take": np.array(["5", "2", "9"])}, "'take' to be integers"),
     ):
         np.savez(path, **(good | change))
         refuses(message, "audio", path, length=50)

@@ -374,6 +374,7 @@ def test_mu_law_refuses(x, error, words):
         (lambda m: m(torch.tensor([1, 3])), ValueError, r"codes: expected \[B, T\]"),
         (lambda m: m(torch.tensor([[1, 3]]), torch.ones(1, 2)), ValueError, "context: expected none for this model"),
         (lambda m: m.stream(1).feed(torch.tensor([[12]])), ValueError, "codes: expected 0 to 11, got 12 to 12"),
+        (lambda m: m.stream(1).feed(torch.rand(1, 3)), TypeError, "codes: expected integers, got torch.float32"),
         (lambda m: m.sample(1, temperature=-1.0, length=1), ValueError, "temperature: expected a finite number"),
         (lambda m: WaveNet(width=0), ValueError, "width: expected at least 1, got 0"),
     ],

@@ -107,8 +107,8 @@ class MADE(nn.Module):
         generator: torch.Generator | None = None,
     ) -> tuple[Tensor, Tensor]:
         """(x [n, D] of 0 and 1, log p(x) [n]); the temperature divides the logits, 0 takes the likelier value."""
-        if temperature < 0:
-            raise ValueError(f"temperature: expected at least 0, got {temperature}")
+        if not temperature >= 0:
+            raise ValueError(f"temperature: expected a number of at least 0, got {temperature}")
         like = self.network.linears[-1].weight
         shape, device = (n, self.network.features), like.device
         # uniform numbers u, and x = 1 where u < sigmoid(l / T), that is sigmoid(T logit(u)) < sigmoid(l)
@@ -131,8 +131,12 @@ class MADE(nn.Module):
         """Nothing here is initialised from data."""
 
 
+_BITS = flows.Bernoulli()
+
+
 def _bernoulli(x: Tensor, logits: Tensor) -> Tensor:
     """log p(x) [B], the sum in float32 at least."""
+    _BITS.check(x)
     logits = logits.to(accumulator(logits.dtype))
     return -F.binary_cross_entropy_with_logits(logits, x.to(logits.dtype), reduction="none").sum(1)
 

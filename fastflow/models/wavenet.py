@@ -276,6 +276,8 @@ class Stream:
 
     def feed(self, codes: Tensor, local: Tensor | None = None) -> Tensor:
         """Goes on with given codes [n, T], all at once; what each was predicted to be, the logits [n, T, levels]."""
+        if codes.is_floating_point():
+            raise TypeError(f"codes: expected integers, got {codes.dtype}: mu_law_encode makes them of audio")
         logits = wavenet_feed(
             self.weights, self.past, self.recent, codes.long(), position=self.position, context=_rows(local)
         )

@@ -336,10 +336,11 @@ def _order(order: str | Sequence[int] | Tensor | None, features: int) -> Tensor:
         if order != "reversed":
             raise ValueError(f"order: expected None, 'reversed' or a permutation, got {order!r}")
         return torch.arange(features - 1, -1, -1)
-    order = torch.as_tensor(order).long()
-    if order.dim() != 1 or not torch.equal(order.sort().values, torch.arange(features)):
+    order = torch.as_tensor(order)
+    whole = order.dim() == 1 and not order.is_floating_point()
+    if not whole or not torch.equal(order.long().sort().values, torch.arange(features)):
         raise ValueError(f"order: expected each of 0 ... {features - 1} once, got {order.tolist()}")
-    return order.clone()
+    return order.long().clone()
 
 
 def _check_options(features, hidden, params, activation, packing, residual, degrees, num_masks, context_features):

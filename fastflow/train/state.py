@@ -149,10 +149,10 @@ def average(state: State, decay: float) -> None:
 
 @torch.no_grad()
 def copy_buffers(state: State) -> None:
-    """Buffers are not averaged: the averaged model takes them as they are."""
-    for mine, current in zip(state.ema.buffers(), state.model.buffers(), strict=True):
-        if not torch.equal(mine, current):
-            mine.copy_(current)
+    """Buffers are not averaged: the averaged model takes them as they are, and derives what follows from them."""
+    averaged = {name for name, _ in state.model.named_parameters(remove_duplicate=False)}
+    buffers = {name: value for name, value in state.model.state_dict().items() if name not in averaged}
+    state.ema.load_state_dict(buffers, strict=False)
 
 
 def _optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:

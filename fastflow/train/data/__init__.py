@@ -68,8 +68,8 @@ def load_data(
     if name not in NAMES:
         raise UserError(f"unknown data set {name!r}: expected one of {', '.join(NAMES)}")
     if size is not None:
-        if name != "images" or size < 1:
-            raise UserError(f"size: a positive number for 'images' only, got {size} for {name!r}")
+        if name != "images" or not isinstance(size, int) or size < 1:
+            raise UserError(f"size: a positive number for 'images' only, got {size!r} for {name!r}")
         options["size"] = size
     if name not in IMAGES and (form or flat):
         raise UserError(f"form, flat: for images only, got {name!r}")

@@ -14,7 +14,7 @@ from fastflow.errors import UserError, need
 from fastflow.models.wavenet import mu_law_encode
 
 from ..checkpoint import write_file
-from .dataset import Dataset
+from .dataset import Dataset, whole
 from .npz import read_npz
 
 LEVELS = 256
@@ -65,8 +65,10 @@ def load_audio(name: str, root: Path, *, length: int = 4000, rate: int | None = 
 
     Raises `UserError` for damaged files, samples out of range and clips of fewer than `length` samples altogether.
     """
-    if length < 2:
-        raise UserError(f"length: expected at least 2, got {length}")
+    whole(2, length=length)
+    whole(0, test_takes=test_takes)
+    if rate is not None:
+        whole(1, rate=rate)
     if root.is_dir():
         clips, held, found = _wav_folder(root)
         if rate not in (None, found):
@@ -114,6 +116,8 @@ def _npz_clips(path: Path, test_takes: int) -> tuple[list[Tensor], list[bool]]:
     if "test" in arrays:
         held = arrays["test"].astype(bool)
     elif "take" in arrays:
+        if arrays["take"].dtype.kind not in "iu":
+            raise UserError(f"{path}: expected 'take' to be integers, got {arrays['take'].dtype}")
         held = arrays["take"] < test_takes
     else:
         held = np.arange(n) % 10 == 0

@@ -86,6 +86,13 @@ def same_shape(path: object, arrays: dict[str, Tensor]) -> None:
         raise UserError(f"{path}: expected samples of one size in every part, got {found}")
 
 
+def whole(least: int, **numbers: Any) -> None:
+    """Raises `UserError` naming the first option that is no whole number of at least `least`."""
+    for name, value in numbers.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise UserError(f"{name}: expected a whole number of at least {least}, got {value!r}")
+
+
 def finite(path: object, name: str, rows: Tensor) -> None:
     """Raises `UserError` naming the first row of `rows` [N, ...] that holds NaN or infinity."""
     bad = (~torch.isfinite(rows)).flatten(1).any(1).nonzero()

@@ -9,7 +9,7 @@ from torch import Tensor
 from fastflow.errors import UserError
 
 from .. import noise
-from .dataset import Dataset
+from .dataset import Dataset, whole
 from .folder import image_paths, read_image
 from .rows import gaussian_nats
 
@@ -45,6 +45,8 @@ def load_patches(
 
     The held-out patches come from every tenth image of `root/train`, which no training patch comes from.
     """
+    whole(2, side=side)
+    whole(1, train=train, held_out=held_out, test=test)
     images = {}
     for folder in ("train", "test"):
         if not (root / folder).is_dir():

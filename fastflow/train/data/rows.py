@@ -80,19 +80,18 @@ def load_rows(
         found |= dict(zip(("train", "held_out", "test"), parts(str(root), found["train"], *shares), strict=False))
     mean, std = found["train"].mean(0), found["train"].std(0, correction=0)
     # of what is constant, rounding leaves a part in 1e16
+    if len(wide := (~torch.isfinite(std)).nonzero()):
+        raise UserError(f"{root}: expected numbers whose variance is finite, not so in column {keep[wide[0].item()]}")
     constant = (std <= 1e-12 * mean.abs().clamp(min=1e-300)).nonzero()
     if len(constant):
         raise UserError(f"{root}: expected columns that vary, got the constant column {keep[constant[0].item()]}")
     scale = (mean, std) if standardize else ()
     if scale:
         found = {part: (rows - mean) / std for part, rows in found.items()}
-    return Rows(
-        name, *(found.pop(part).float() for part in ("train", "held_out")), *scale, test=_float(found.get("test"))
-    )
-
-
-def _float(rows: Tensor | None) -> Tensor | None:
-    return None if rows is None else rows.float()
+    found = {part: rows.float() for part, rows in found.items()}
+    for part, rows in found.items():
+        finite(f"{root} in float32", part, rows)
+    return Rows(name, found["train"], found["held_out"], *scale, test=found.get("test"))
 
 
 def _parts(root: Path, separator: str | None) -> dict[str, Tensor]:
@@ -139,7 +138,7 @@ def read_csv(path: Path, separator: str | None = None) -> Tensor:
     lines = text.splitlines()
     if separator is None:
         separator = max(_SEPARATORS, key=lambda s: lines[0].count(s) if lines else 0)
-    if len(separator) != 1:
+    if not isinstance(separator, str) or len(separator) != 1:
         raise UserError(f"separator: expected one character, got {separator!r}")
     try:
         return _numbers(path, csv.reader(lines, delimiter=separator))
