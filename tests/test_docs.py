@@ -12,6 +12,7 @@ from fastflow.bench.table import BEGIN, END, GPU_BEGIN, GPU_END
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
+PARENTS = (".", "fastflow", "csrc", "fastflow/ops", "fastflow/train")
 
 pytestmark = pytest.mark.skipif(not README.is_file(), reason="needs the checkout")
 
@@ -50,4 +51,4 @@ def test_map():
     """The folders that CONTRIBUTING draws are there."""
     house = re.search(r"^```\n(.*?)^```", (ROOT / "CONTRIBUTING.md").read_text(), re.M | re.S)[1]
     for folder in re.findall(r"^\s*([a-z0-9_]+)/ ", house, re.M):
-        assert any((ROOT / parent / folder).is_dir() for parent in (".", "fastflow", "csrc", "fastflow/ops")), folder
+        assert any((ROOT / parent / folder).is_dir() for parent in PARENTS), folder
