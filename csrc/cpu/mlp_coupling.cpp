@@ -204,7 +204,7 @@ void coupling_grad_step(const Stack<T>& stack, const Step<T>& s, bool inverse, c
     for (const Linear<T>& l : net.layers) {
       finish_layer(l, from, sums);
       from.weight += l.out * padded(l.in), from.bias += l.out * Vector<T>::lanes;
-      if (Workspace<T>::is_narrow(l)) from.dots += l.out * l.in * Vector<T>::lanes;
+      if (is_narrow(l)) from.dots += l.out * l.in * Vector<T>::lanes;
     }
 }
 
