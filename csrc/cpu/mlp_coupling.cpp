@@ -26,6 +26,7 @@ namespace {
 
 constexpr int64_t kPass = 1024;                // samples that a forward takes through all steps together
 constexpr int64_t kChunks = 16;                // partial sums of the parameters' gradients, at most
+constexpr int64_t kChunkBlocks = 8;            // blocks of one of them, where there are more than four
 constexpr int64_t kParallelWork = 128 * 1024;  // multiply-adds below which a second thread costs more than it gives
 
 // --- rows of samples ------------------------------------------------------------------------------------
@@ -204,7 +205,7 @@ void coupling_grad_step(const Stack<T>& stack, const Step<T>& s, bool inverse, c
     for (const Linear<T>& l : net.layers) {
       finish_layer(l, from, sums);
       from.weight += l.out * padded(l.in), from.bias += l.out * Vector<T>::lanes;
-      if (Workspace<T>::is_narrow(l)) from.dots += l.out * l.in * Vector<T>::lanes;
+      if (is_narrow(l)) from.dots += l.out * l.in * Vector<T>::lanes;
     }
 }
 
@@ -235,7 +236,7 @@ void backward(const Stack<T>& stack, const View& y, const View& context, const V
               const View& glogdet, bool inverse, const View& gx, const View& gcontext,
               const std::vector<Parameter>& gparams) {
   const int64_t samples = y.size[0], blocks = (samples + kSamples - 1) / kSamples;
-  const int64_t chunks = std::min(blocks, std::max<int64_t>(4, std::min(kChunks, blocks / 2)));
+  const int64_t chunks = std::min(blocks, std::max<int64_t>(4, std::min(kChunks, blocks / kChunkBlocks)));
   const bool parallel = samples * stack.work >= kParallelWork;
   const int64_t* begins = inverse ? stack.end.data() : nullptr;
   const int64_t* ends = inverse ? nullptr : stack.end.data();
@@ -295,7 +296,7 @@ void backward(const Stack<T>& stack, const View& y, const View& context, const V
 void mlp_coupling_fwd(const View& x, const View& context, const pybind11::sequence& params,
                       const std::vector<int64_t>& code, const std::vector<double>& constants, bool inverse,
                       const View& inputs, const View& y, const View& logdet) {
-  const std::vector<Parameter> given = parameters(params, x);
+  const std::vector<Parameter> given = parameters(params);
   const pybind11::gil_scoped_release release;
   with_accumulator(x.dtype, [&](auto type) {
     using T = decltype(type);
@@ -314,7 +315,7 @@ void mlp_coupling_bwd(const View& y, const View& context, const pybind11::sequen
                       const View& gy, const View& glogdet, const std::vector<int64_t>& code,
                       const std::vector<double>& constants, bool inverse, const View& gx, const View& gcontext,
                       const pybind11::sequence& gparams) {
-  const std::vector<Parameter> given = parameters(params, y), made = parameters(gparams, y);
+  const std::vector<Parameter> given = parameters(params), made = parameters(gparams);
   const pybind11::gil_scoped_release release;
   with_accumulator(y.dtype, [&](auto type) {
     using T = decltype(type);

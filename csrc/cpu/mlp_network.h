@@ -8,14 +8,12 @@
 #include <cstring>
 #include <vector>
 
+#include "mlp_narrow.h"
 #include "mlp_stack.h"
 #include "product.h"
 #include "transpose.h"
 
 namespace fastflow::mlp {
-
-constexpr int64_t kSamples = 64;  // of a block
-constexpr int64_t kNarrow = 4;    // rows or columns of a gradient of W that is summed as dot products
 
 template <HiddenKind kind, bool slope, class T>
 void activate_rows(T* y, T* d, int64_t n, T leak) {
@@ -24,18 +22,6 @@ void activate_rows(T* y, T* d, int64_t n, T leak) {
     const Slope<T> f = hidden<kind>(y[i], leak);
     y[i] = f.y;
     if constexpr (slope) d[i] = f.d;
-  }
-}
-
-// g phi'(a), from what was kept
-template <HiddenKind kind, class T>
-void slope_rows(const T* kept, T* g, int64_t n, T leak) {
-#pragma omp simd
-  for (int64_t i = 0; i < n; ++i) {
-    if constexpr (keeps_slope(kind))
-      g[i] *= kept[i];
-    else
-      g[i] *= slope_from_output<kind>(kept[i], leak);
   }
 }
 
@@ -93,8 +79,6 @@ struct Workspace {
     for (int i = 0; i < 11; ++i) *parts[i] = p, p += sizes[i];
     spare = dots + padded(narrow * lanes);
   }
-
-  static bool is_narrow(const Linear<T>& l) { return std::min(l.in, l.out) <= kNarrow; }
 };
 
 template <class T>
@@ -117,6 +101,22 @@ void linear(const Linear<T>& l, const T* in, T* out) {
                  kSamples);
 }
 
+// phi(W in + b), with `keep` the slopes too
+template <HiddenKind kind, bool keep, class T>
+void hidden_layer(const Linear<T>& l, const T* in, T* out, T* slopes, T leak) {
+  if (l.in > kNarrow) {
+    linear(l, in, out);
+    return activate_rows<kind, keep>(out, slopes, l.out * kSamples, leak);
+  }
+  with_count(l.in, [&](auto inputs) {
+    narrow_rows<inputs()>(l, in, out, [=](T a, [[maybe_unused]] int64_t at) {
+      const Slope<T> f = hidden<kind>(a, leak);
+      if constexpr (keep) slopes[at] = f.d;
+      return f.y;
+    });
+  });
+}
+
 // The networks' outputs; with `keep` the rows of all hidden layers one after the other, their slopes beside them.
 template <bool keep, class T>
 void networks(const Step<T>& s, const Workspace<T>& w, int64_t widest) {
@@ -130,10 +130,8 @@ void networks(const Step<T>& s, const Workspace<T>& w, int64_t widest) {
         break;
       }
       T* out = keep ? hidden : w.hidden + (i % 2) * widest * kSamples;
-      linear(l, in, out);
-      with_hidden(s.activation, [&](auto kind) {
-        activate_rows<kind(), keep && keeps_slope(kind())>(out, slopes, l.out * kSamples, s.leak);
-      });
+      with_hidden(s.activation,
+                  [&](auto kind) { hidden_layer<kind(), keep && keeps_slope(kind())>(l, in, out, slopes, s.leak); });
       if (keep) hidden += l.out * kSamples, slopes += l.out * kSamples;
       in = out;
     }
@@ -142,66 +140,49 @@ void networks(const Step<T>& s, const Workspace<T>& w, int64_t widest) {
 
 // --- gradients ------------------------------------------------------------------------------------------
 
-// gW (+)= g y^T with rows of gW padded, gb += g, over the samples of a block. Where gW has few rows or columns, and in
-// gb, the lanes of a vector are summed apart until the end of the step.
-template <class T>
-struct LayerGrad {
-  T *weight, *dots, *bias;
-};
+// f(slope), with slope(place) = phi'(a) in front of a layer from what was kept of it; the first layer has none
+template <class T, class F>
+void with_slope(const Step<T>& s, bool first, const T* kept, const T* slopes, const F& f) {
+  if (first) return f([](int64_t) { return T(1); });
+  with_hidden(s.activation, [&](auto kind) {
+    f([=, leak = s.leak](int64_t at) {
+      if constexpr (keeps_slope(kind()))
+        return slopes[at];
+      else
+        return slope_from_output<kind()>(kept[at], leak);
+    });
+  });
+}
 
-template <class T>
-void add_weight_grad(const Linear<T>& l, const T* g, const T* y, T* transposed, const LayerGrad<T>& to, bool add) {
-  using V = typename Vector<T>::type;
-  constexpr int64_t lanes = Vector<T>::lanes, vectors = kSamples / lanes;
-  const auto load = [](const T* from) {
-    V v;
-    std::memcpy(&v, from, sizeof(V));
-    return v;
-  };
-  const auto store = [add](V sum, T* at) {
-    if (add) {
-      V before;
-      std::memcpy(&before, at, sizeof(V));
-      sum += before;
-    }
-    std::memcpy(at, &sum, sizeof(V));
-  };
-  const bool narrow = Workspace<T>::is_narrow(l);
-  for (int64_t i = 0; i < l.out; ++i) {
-    const T* gi = g + i * kSamples;
-    V sum = {};
-    for (int64_t v = 0; v < vectors; ++v) sum += load(gi + v * lanes);
-    store(sum, to.bias + i * lanes);
-    if (!narrow) continue;
-    for (int64_t j = 0; j < l.in; ++j) {
-      V dot = {};
-      for (int64_t v = 0; v < vectors; ++v) dot += load(gi + v * lanes) * load(y + j * kSamples + v * lanes);
-      store(dot, to.dots + (i * l.in + j) * lanes);
-    }
+// gin = W^T g slope, gW (+)= g y^T, gb (+)= g
+template <class T, class F>
+void linear_grad(const Linear<T>& l, const T* g, const T* y, T* gin, F slope, T* transposed, const LayerGrad<T>& to,
+                 bool add) {
+  if (l.in > kNarrow) add_bias_grad(l, g, to.bias, add);
+  if (l.in > kNarrow && l.out <= kNarrow)
+    return with_count(l.out, [&](auto outputs) { narrow_columns_grad<outputs()>(l, g, y, gin, slope, to, add); });
+  if (l.in <= kNarrow) {
+    with_count(l.in, [&](auto inputs) { narrow_rows_grad<inputs()>(l, g, y, gin, to, add); });
+  } else {
+    const int64_t row = padded(l.in);
+    const Left<T> left = {g, kSamples, 1};
+    transpose_rows<kSamples>(y, l.in, transposed, row);
+    if (add)
+      product<true>(l.out, row, kSamples, left, transposed, row, Start<T>{}, to.weight, row);
+    else
+      product<false>(l.out, row, kSamples, left, transposed, row, Start<T>{}, to.weight, row);
+    product<false>(l.in, kSamples, l.out, Left<T>{l.weight, 1, l.in}, g, kSamples, Start<T>{}, gin, kSamples);
   }
-  if (narrow) return;
-  const int64_t row = padded(l.in);
-  transpose_rows<kSamples>(y, l.in, transposed, row);
-  const Left<T> left = {g, kSamples, 1};
-  if (add)
-    product<true>(l.out, row, kSamples, left, transposed, row, Start<T>{}, to.weight, row);
-  else
-    product<false>(l.out, row, kSamples, left, transposed, row, Start<T>{}, to.weight, row);
+#pragma omp simd
+  for (int64_t i = 0; i < l.in * kSamples; ++i) gin[i] *= slope(i);
 }
 
 // Gradients of a coupling's parameters from where a step summed them to where the chunk keeps them.
 template <class T>
 void finish_layer(const Linear<T>& l, const LayerGrad<T>& from, T* sums) {
-  constexpr int64_t lanes = Vector<T>::lanes;
-  for (int64_t i = 0; i < l.out; ++i) {
-    sums[l.gbias + i] = tree_sum(from.bias + i * lanes, lanes);
-    T* row = sums + l.gweight + i * l.in;
-    if (!Workspace<T>::is_narrow(l)) {
-      std::copy_n(from.weight + i * padded(l.in), l.in, row);
-      continue;
-    }
-    for (int64_t j = 0; j < l.in; ++j) row[j] = tree_sum(from.dots + (i * l.in + j) * lanes, lanes);
-  }
+  sum_lanes(from.bias, l.out, sums + l.gbias);
+  if (is_narrow(l)) return sum_lanes(from.dots, l.out * l.in, sums + l.gweight);
+  for (int64_t i = 0; i < l.out; ++i) std::copy_n(from.weight + i * padded(l.in), l.in, sums + l.gweight + i * l.in);
 }
 
 // From the gradients of the networks' outputs in w.goutputs to those of their inputs, added to the rows of `g` and of
@@ -219,7 +200,7 @@ void networks_grad(const Step<T>& s, const Workspace<T>& w, int64_t contexts, in
       const Linear<T>& l = net.layers[i];
       if (i + 1 < depth) hidden += l.out * kSamples, slopes += l.out * kSamples;
       to.weight += l.out * padded(l.in), to.bias += l.out * lanes;
-      if (Workspace<T>::is_narrow(l)) to.dots += l.out * l.in * lanes;
+      if (is_narrow(l)) to.dots += l.out * l.in * lanes;
     }
     T *kept = hidden, *slope = slopes;
     LayerGrad<T> of = to;
@@ -227,15 +208,12 @@ void networks_grad(const Step<T>& s, const Workspace<T>& w, int64_t contexts, in
     for (int64_t i = depth - 1; i >= 0; --i) {
       const Linear<T>& l = net.layers[i];
       of.weight -= l.out * padded(l.in), of.bias -= l.out * lanes;
-      if (Workspace<T>::is_narrow(l)) of.dots -= l.out * l.in * lanes;
+      if (is_narrow(l)) of.dots -= l.out * l.in * lanes;
       if (i > 0) kept -= l.in * kSamples, slope -= l.in * kSamples;
-      add_weight_grad(l, gout, i > 0 ? kept : w.inputs, w.transposed, of, add);
       T* gin = w.g[i % 2];
-      product<false>(l.in, kSamples, l.out, Left<T>{l.weight, 1, l.in}, gout, kSamples, Start<T>{}, gin, kSamples);
-      if (i > 0)
-        with_hidden(s.activation, [&](auto kind) {
-          slope_rows<kind()>(keeps_slope(kind()) ? slope : kept, gin, l.in * kSamples, s.leak);
-        });
+      with_slope(s, i == 0, kept, slope, [&](auto of_slope) {
+        linear_grad(l, gout, i > 0 ? kept : w.inputs, gin, of_slope, w.transposed, of, add);
+      });
       gout = gin;
     }
     const auto add_row = [&](const T* from, T* row) {

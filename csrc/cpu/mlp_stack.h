@@ -20,33 +20,25 @@ namespace fastflow::mlp {
 
 // --- parameters ---------------------------------------------------------------------------------------------
 
-// A contiguous tensor; there are so many of them that what View asks of each would take as long as a small batch.
+// A contiguous tensor in the dtype of x. There are so many of them that what View asks of each would take as long as a
+// small batch: dtype, device and layout are what mlp_coupling() in fastflow/ops/mlp_coupling.py has checked.
 struct Parameter {
   void* data;
   int64_t numbers;
 };
 
-inline std::vector<Parameter> parameters(const pybind11::sequence& tensors, const View& like) {
-  static PyObject* names[5] = {PyUnicode_InternFromString("data_ptr"), PyUnicode_InternFromString("numel"),
-                               PyUnicode_InternFromString("is_contiguous"), PyUnicode_InternFromString("dtype"),
-                               PyUnicode_InternFromString("is_cpu")};
-  const auto check = [](PyObject* object) {
-    if (!object) throw pybind11::error_already_set();
-    return pybind11::reinterpret_steal<pybind11::object>(object);
+inline std::vector<Parameter> parameters(const pybind11::sequence& tensors) {
+  static PyObject* const names[2] = {PyUnicode_InternFromString("data_ptr"), PyUnicode_InternFromString("numel")};
+  const auto ask = [](pybind11::handle tensor, PyObject* name) {
+    PyObject* answer = PyObject_CallMethodNoArgs(tensor.ptr(), name);
+    if (!answer) throw pybind11::error_already_set();
+    return pybind11::reinterpret_steal<pybind11::object>(answer);
   };
   std::vector<Parameter> found;
-  for (const pybind11::handle tensor : tensors) {
-    PyObject* t = tensor.ptr();
-    const auto dtype = check(PyObject_GetAttr(t, names[3]));
-    const bool cpu = check(PyObject_GetAttr(t, names[4])).ptr() == Py_True;
-    const bool contiguous = check(PyObject_CallMethodNoArgs(t, names[2])).ptr() == Py_True;
-    if (!cpu || !contiguous || dtype.ptr() != dtype_objects[int(like.dtype)])
-      throw std::invalid_argument("parameter " + std::to_string(found.size()) +
-                                  " of a stack: expected a contiguous tensor of the dtype of x on the CPU");
-    const auto pointer = check(PyObject_CallMethodNoArgs(t, names[0])),
-               n = check(PyObject_CallMethodNoArgs(t, names[1]));
-    found.push_back({reinterpret_cast<void*>(PyLong_AsSize_t(pointer.ptr())), PyLong_AsLongLong(n.ptr())});
-  }
+  found.reserve(tensors.size());
+  for (const pybind11::handle tensor : tensors)
+    found.push_back({reinterpret_cast<void*>(PyLong_AsSize_t(ask(tensor, names[0]).ptr())),
+                     PyLong_AsLongLong(ask(tensor, names[1]).ptr())});
   return found;
 }
 

@@ -5,7 +5,6 @@
 #pragma once
 
 #include <cstdint>
-#include <cstring>
 #include <type_traits>
 
 #include "tile.h"
@@ -38,14 +37,14 @@ inline void product_block(int64_t depth, const Left<T> a, const T* b, int64_t b_
     for (int j = 0; j < vectors; ++j) {
       sum[i][j] = V{};
       if (start.data && start.column)
-        std::memcpy(&sum[i][j], start.data + i * start.row + j * lanes, sizeof(V));
+        sum[i][j] = load_vector(start.data + i * start.row + j * lanes);
       else if (start.data)
         sum[i][j] = V{} + start.data[i * start.row];
     }
   for (int64_t k = 0; k < depth; ++k) {
     V right[vectors];
 #pragma GCC unroll 8
-    for (int j = 0; j < vectors; ++j) std::memcpy(&right[j], b + k * b_row + j * lanes, sizeof(V));
+    for (int j = 0; j < vectors; ++j) right[j] = load_vector(b + k * b_row + j * lanes);
 #pragma GCC unroll 8
     for (int i = 0; i < rows; ++i) {
       const T left = a.data[i * a.row + k * a.column];
@@ -58,12 +57,7 @@ inline void product_block(int64_t depth, const Left<T> a, const T* b, int64_t b_
 #pragma GCC unroll 8
     for (int j = 0; j < vectors; ++j) {
       T* to = out + i * out_row + j * lanes;
-      if constexpr (add) {
-        V old;
-        std::memcpy(&old, to, sizeof(V));
-        sum[i][j] += old;
-      }
-      std::memcpy(to, &sum[i][j], sizeof(V));
+      store_vector(add ? load_vector(to) + sum[i][j] : sum[i][j], to);
     }
 }
 

@@ -30,6 +30,19 @@ struct Vector {
   static constexpr int64_t lanes = kVectorBytes / sizeof(T);
 };
 
+// By value: an array of vectors whose address is taken may end up in memory instead of registers.
+template <class T>
+inline typename Vector<T>::type load_vector(const T* from) {
+  typename Vector<T>::type v;
+  std::memcpy(&v, from, sizeof(v));
+  return v;
+}
+
+template <class T>
+inline void store_vector(typename Vector<T>::type v, T* to) {
+  std::memcpy(to, &v, sizeof(v));
+}
+
 template <class T>
 struct Product {
   int64_t rows, columns, depth;  // C [rows, columns], A [rows, depth], B [depth, columns]; columns padded
@@ -58,7 +71,7 @@ void run_of_tile(int64_t depth, const T* a, int64_t a_row, int64_t a_depth, cons
   for (int64_t k = 0; k < depth; ++k) {
     V row[vectors];
 #pragma GCC unroll 8
-    for (int j = 0; j < vectors; ++j) std::memcpy(&row[j], b + k * b_row + j * lanes, sizeof(V));
+    for (int j = 0; j < vectors; ++j) row[j] = load_vector(b + k * b_row + j * lanes);
 #pragma GCC unroll 8
     for (int i = 0; i < rows; ++i) {
       const T value = a[i * a_row + k * a_depth];
@@ -70,10 +83,8 @@ void run_of_tile(int64_t depth, const T* a, int64_t a_row, int64_t a_depth, cons
   for (int i = 0; i < rows; ++i)
 #pragma GCC unroll 8
     for (int j = 0; j < vectors; ++j) {
-      V before = {};
-      if (add) std::memcpy(&before, c + i * c_row + j * lanes, sizeof(V));
-      sum[i][j] += before;
-      std::memcpy(c + i * c_row + j * lanes, &sum[i][j], sizeof(V));
+      T* to = c + i * c_row + j * lanes;
+      store_vector(add ? load_vector(to) + sum[i][j] : sum[i][j], to);
     }
 }
 
