@@ -296,7 +296,7 @@ void backward(const Stack<T>& stack, const View& y, const View& context, const V
 void mlp_coupling_fwd(const View& x, const View& context, const pybind11::sequence& params,
                       const std::vector<int64_t>& code, const std::vector<double>& constants, bool inverse,
                       const View& inputs, const View& y, const View& logdet) {
-  const std::vector<Parameter> given = parameters(params);
+  const std::vector<Parameter> given = parameters(params, &x);
   const pybind11::gil_scoped_release release;
   with_accumulator(x.dtype, [&](auto type) {
     using T = decltype(type);
@@ -315,7 +315,7 @@ void mlp_coupling_bwd(const View& y, const View& context, const pybind11::sequen
                       const View& gy, const View& glogdet, const std::vector<int64_t>& code,
                       const std::vector<double>& constants, bool inverse, const View& gx, const View& gcontext,
                       const pybind11::sequence& gparams) {
-  const std::vector<Parameter> given = parameters(params), made = parameters(gparams);
+  const std::vector<Parameter> given = parameters(params, &y), made = parameters(gparams);
   const pybind11::gil_scoped_release release;
   with_accumulator(y.dtype, [&](auto type) {
     using T = decltype(type);

@@ -20,25 +20,33 @@ namespace fastflow::mlp {
 
 // --- parameters ---------------------------------------------------------------------------------------------
 
-// A contiguous tensor in the dtype of x. There are so many of them that what View asks of each would take as long as a
-// small batch: dtype, device and layout are what mlp_coupling() in fastflow/ops/mlp_coupling.py has checked.
+// A contiguous tensor; there are so many of them that what View asks of each would take as long as a small batch.
 struct Parameter {
   void* data;
   int64_t numbers;
 };
 
-inline std::vector<Parameter> parameters(const pybind11::sequence& tensors) {
-  static PyObject* const names[2] = {PyUnicode_InternFromString("data_ptr"), PyUnicode_InternFromString("numel")};
-  const auto ask = [](pybind11::handle tensor, PyObject* name) {
-    PyObject* answer = PyObject_CallMethodNoArgs(tensor.ptr(), name);
+// Of the parameters, given `like`, also checks what would corrupt memory; gradients were allocated for this call.
+inline std::vector<Parameter> parameters(const pybind11::sequence& tensors, const View* like = nullptr) {
+  static PyObject* const names[5] = {PyUnicode_InternFromString("data_ptr"), PyUnicode_InternFromString("numel"),
+                                     PyUnicode_InternFromString("is_contiguous"), PyUnicode_InternFromString("dtype"),
+                                     PyUnicode_InternFromString("is_cpu")};
+  const auto owned = [](PyObject* answer) {
     if (!answer) throw pybind11::error_already_set();
     return pybind11::reinterpret_steal<pybind11::object>(answer);
   };
   std::vector<Parameter> found;
   found.reserve(tensors.size());
-  for (const pybind11::handle tensor : tensors)
-    found.push_back({reinterpret_cast<void*>(PyLong_AsSize_t(ask(tensor, names[0]).ptr())),
-                     PyLong_AsLongLong(ask(tensor, names[1]).ptr())});
+  for (const pybind11::handle tensor : tensors) {
+    PyObject* t = tensor.ptr();
+    const auto ask = [&](PyObject* name) { return owned(PyObject_CallMethodNoArgs(t, name)); };
+    if (like && (owned(PyObject_GetAttr(t, names[4])).ptr() != Py_True || ask(names[2]).ptr() != Py_True ||
+                 owned(PyObject_GetAttr(t, names[3])).ptr() != dtype_objects[int(like->dtype)]))
+      throw std::invalid_argument("parameter " + std::to_string(found.size()) +
+                                  " of a stack: expected a contiguous tensor of the dtype of x on the CPU");
+    const auto pointer = ask(names[0]), n = ask(names[1]);
+    found.push_back({reinterpret_cast<void*>(PyLong_AsSize_t(pointer.ptr())), PyLong_AsLongLong(n.ptr())});
+  }
   return found;
 }
 
