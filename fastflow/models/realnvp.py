@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastflow.nn.actnorm import ActNorm
-from fastflow.nn.base import Bijection, Inverse, Sequential
+from fastflow.nn.base import Bijection, Inverse, Sequential, no_context
 from fastflow.nn.base_distribution import StandardNormal
 from fastflow.nn.batch_norm import BatchNorm
 from fastflow.nn.coupling import AffineCoupling
@@ -234,7 +234,7 @@ class RealNVP(nn.Module):
         """x [B, C, H, W] -> (the latents, log p(x) [B] in nats)."""
         if x.dim() != 4 or tuple(x.shape[1:]) != self.image_shape:
             raise ValueError(f"x: expected [B, {', '.join(map(str, self.image_shape))}], got {list(x.shape)}")
-        _no_context(context)
+        no_context(context)
         x, total = self.preprocess(x.contiguous(memory_format=torch.channels_last))
         latents: list[Tensor] = []
         for scale, split in zip(self.scales, [*self.splits, None], strict=True):
@@ -248,7 +248,7 @@ class RealNVP(nn.Module):
 
     def decode(self, latents: Sequence[Tensor], context: Tensor | None = None) -> Tensor:
         """The image of given latents: the inverse of :meth:`encode`."""
-        _no_context(context)
+        no_context(context)
         *parts, x = latents
         if len(parts) != len(self.splits):
             raise ValueError(f"latents: expected {len(self.splits) + 1}, got {len(latents)}")
@@ -306,7 +306,7 @@ class RealNVP(nn.Module):
         generator: torch.Generator | None = None,
     ) -> tuple[Tensor, Tensor]:
         """(x [n, C, H, W], log p(x) [n]) in one pass; the temperature multiplies the std of every noise."""
-        _no_context(context)
+        no_context(context)
         noise = {"temperature": temperature, "generator": generator}
         channels, height, width = self.image_shape
         factor = 2 ** len(self.splits)
@@ -393,10 +393,6 @@ def diagonal(channels: int) -> list[int]:
     """Where each of the 4C channels of the diagonal order was in the channel-major order of a squeeze."""
     return [4 * c + 2 * row + column for row, column in ((0, 0), (1, 1), (0, 1), (1, 0)) for c in range(channels)]
 
-
-def _no_context(context: Tensor | None) -> None:
-    if context is not None:
-        raise ValueError(f"context: this model takes none, got {list(context.shape)}")
 
 
 def _one_of(name: str, value: str, allowed: Sequence[str]) -> None:

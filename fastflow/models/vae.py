@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fastflow.nn.base import no_context
 from fastflow.nn.likelihood import Likelihood
 
 __all__ = ["VAE", "Terms"]
@@ -63,7 +64,7 @@ class VAE(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """The bound [B] in nats, so that DistributedDataParallel can wrap the model."""
-        _no_context(context)
+        no_context(context)
         return self.elbo(x)
 
     def beta(self, progress: float) -> float:
@@ -90,7 +91,7 @@ class VAE(nn.Module):
         A lower bound in expectation that tightens with S. The images are encoded once; at most ``rows`` latents are
         decoded at a time, so without gradients the memory does not depend on S.
         """
-        _no_context(context)
+        no_context(context)
         samples = self.samples if samples is None else samples
         if samples < 1 or rows < 1:
             raise ValueError(f"samples, rows: expected at least 1, got {samples} and {rows}")
@@ -121,7 +122,7 @@ class VAE(nn.Module):
         generator: torch.Generator | None = None,
     ) -> Tensor:
         """n images [n, C, H, W] of whole numbers; the temperature multiplies the standard deviation of the prior."""
-        _no_context(context)
+        no_context(context)
         return self.likelihood.sample(self.decode_prior(n, temperature, generator), generator)
 
     @torch.no_grad()
@@ -131,7 +132,7 @@ class VAE(nn.Module):
 
     def initialize(self, batch: Tensor, context: Tensor | None = None) -> None:
         """Nothing here is set by data."""
-        _no_context(context)
+        no_context(context)
 
     def check(self, x: Tensor) -> Tensor:
         """x, if it has the shape and the values of the model's images."""
@@ -139,8 +140,3 @@ class VAE(nn.Module):
             raise ValueError(f"x: expected [B, {', '.join(map(str, self.image_shape))}], got {list(x.shape)}")
         self.likelihood.check(x)
         return x
-
-
-def _no_context(context: Tensor | None) -> None:
-    if context is not None:
-        raise ValueError(f"context: this model takes none, got a tensor {list(context.shape)}")

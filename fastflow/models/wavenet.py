@@ -53,10 +53,17 @@ def mu_law_encode(x: Tensor, levels: int = 256) -> Tensor:
 def mu_law_decode(codes: Tensor, levels: int = 256) -> Tensor:
     r"""Audio :math:`\mathrm{sign}(y) ((1 + \mu)^{|y|} - 1) / \mu` of codes, with y = 2 code / mu - 1; float32.
 
+    Raises:
+        TypeError, ValueError: codes that are not whole numbers from 0 to levels - 1.
+
     >>> codes = torch.arange(256)
     >>> bool((mu_law_encode(mu_law_decode(codes)) == codes).all())
     True
     """
+    if codes.is_floating_point():
+        raise TypeError(f"codes: expected whole numbers, got {codes.dtype}")
+    if codes.numel() and not (0 <= codes.min() and codes.max() < levels):
+        raise ValueError(f"codes: expected 0 to {levels - 1}, got {codes.min()} to {codes.max()}")
     mu = levels - 1
     y = 2 * codes.to(torch.float32) / mu - 1
     return y.sign() * torch.expm1(y.abs() * math.log1p(mu)) / mu

@@ -16,6 +16,12 @@ def no_logdet(x: Tensor) -> Tensor:
     return x.new_zeros(x.shape[:1], dtype=accumulator(x.dtype))
 
 
+def no_context(context: Tensor | None) -> None:
+    """Raises where a model that takes no context is given one."""
+    if context is not None:
+        raise ValueError(f"context: this model takes none, got a tensor {list(context.shape)}")
+
+
 def channels_last(x: Tensor) -> bool:
     """Do the channels of a position [B, C, H, W] lie side by side? True for a channel split of channels_last, too."""
     return x.dim() == 4 and x.stride(1) == 1 and x.stride(3) >= x.shape[1]

@@ -7,6 +7,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fastflow.nn._steps import positive
 from fastflow.nn.base import Bijection
 from fastflow.ops import sylvester
 from fastflow.ops.orthonormal import ITERATIONS
@@ -85,12 +86,11 @@ class Sylvester(Bijection):
         super().__init__()
         if variant not in VARIANTS:
             raise ValueError(f"variant: expected one of {', '.join(VARIANTS)}, got {variant!r}")
-        if features < 1 or steps < 1:
-            raise ValueError(f"features, steps: expected at least 1, got {features} and {steps}")
+        positive(features=features, steps=steps)
         if variant == "orthogonal" and not 1 <= ortho <= features:
             raise ValueError(f"ortho: expected 1 to features = {features}, got {ortho}")
-        if variant == "householder" and householder < 1:
-            raise ValueError(f"householder: expected at least 1, got {householder}")
+        if variant == "householder":
+            positive(householder=householder)
         self.features, self.steps, self.variant, self.iterations = features, steps, variant, iterations
         m = ortho if variant == "orthogonal" else features
         rows = {"orthogonal": ortho, "householder": householder, "triangular": 0}[variant]
