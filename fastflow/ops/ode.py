@@ -389,7 +389,9 @@ def _solve(backend, problem, gradient, checkpoints, x, times, probes, params):
     if x.shape[0] == 0 or backend not in KERNELS:
         backend = "reference"
     wanted = any_grad(x, times, *params)
-    if wanted and (backend != "reference" or gradient == "adjoint"):
+    # where nothing is to be integrated the graph has no parameters; they still get a gradient, of zeros
+    nothing = x.shape[0] == 0 or (_readable(times) and bool(times[0] == times[-1]))
+    if wanted and (backend != "reference" or gradient == "adjoint" or nothing):
         return _MlpOde.apply(backend, problem, gradient, checkpoints, x, times, probes, *params)
     if backend != "reference":
         values, traces, energies, _, counts, _ = _run(backend, problem, 0, x, times, probes, params)

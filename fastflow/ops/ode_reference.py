@@ -257,11 +257,10 @@ def _march(f, y, times, method, path, outputs, visit=None):
     # a step ends where the next one starts; the last one as far on as there are outputs
     ends = torch.cat([path.steps[1:, :, 0], path.steps[:1, :, 0]]) if len(path.steps) else path.steps
     k = None
-    for i in range(int(accepted.max())):
-        t, h = path.steps[i].unbind(1)
+    for i in range(int(accepted.max()) if accepted.numel() else 0):
         moved, last = i < accepted, i + 1 == accepted
+        t, h = torch.where(moved[:, None], path.steps[i], 0.0).unbind(1)
         end = torch.where(last, outputs.sign * torch.inf, ends[i])
-        h = torch.where(moved, h, 0.0)
         k = f(_rows(t, y), y) if k is None or not method.fsal else k
         ks, at = _stages(f, method, t, h, y, k)
         outputs.take(t, end, h, y, ks, moved)
