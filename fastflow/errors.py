@@ -15,6 +15,10 @@ class MissingPackage(UserError, ImportError):
     """An optional package that this step needs is not installed."""
 
 
+class SolverError(RuntimeError):
+    """A differential equation that could not be integrated: where, at which step and for which sample."""
+
+
 def need(module: str, package: str) -> ModuleType:
     """Imports an optional `module` of the extra `train`; raises `MissingPackage` naming the `package`."""
     try:
