@@ -15,9 +15,14 @@ class MissingPackage(UserError, ImportError):
     """An optional package that this step needs is not installed."""
 
 
-def need(module: str, package: str) -> ModuleType:
-    """Imports an optional `module` of the extra `train`; raises `MissingPackage` naming the `package`."""
+class SolverError(RuntimeError):
+    """A differential equation could not be integrated; says at what time, in which step and for which sample."""
+
+
+def need(module: str, package: str, extra: str = "train") -> ModuleType:
+    """Imports an optional `module` of an `extra`; raises `MissingPackage` naming the `package`."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise MissingPackage(f"this needs {package}, which is not installed: pip install 'fastflow[train]'") from error
+        words = f"this needs {package}, which is not installed: pip install 'fastflow[{extra}]'"
+        raise MissingPackage(words) from error

@@ -4,10 +4,12 @@ from fastflow.nn.actnorm import ActNorm
 from fastflow.nn.base import Bijection, Inverse, Sequential
 from fastflow.nn.base_distribution import Base, DiagonalGaussian, Logistic, StandardNormal
 from fastflow.nn.batch_norm import BatchNorm
+from fastflow.nn.continuous import Continuous, Energies
 from fastflow.nn.conv1x1 import InvertibleConv1x1, Weights, weights
 from fastflow.nn.coupling import AdditiveCoupling, AffineCoupling
 from fastflow.nn.debugging import NonFiniteError, debug
 from fastflow.nn.diagnostics import InverseError, inverse_error
+from fastflow.nn.dynamics import BottleneckDynamics, MLPDynamics
 from fastflow.nn.flow import Flow
 from fastflow.nn.likelihood import Bernoulli, Categorical, DiscretizedLogistic, Likelihood
 from fastflow.nn.logit import Logit
@@ -32,11 +34,14 @@ __all__ = [
     "BatchNorm",
     "Bernoulli",
     "Bijection",
+    "BottleneckDynamics",
     "Categorical",
+    "Continuous",
     "ConvAutoregressive",
     "CouplingStack",
     "DiagonalGaussian",
     "DiscretizedLogistic",
+    "Energies",
     "Flow",
     "Inverse",
     "InverseError",
@@ -45,6 +50,7 @@ __all__ = [
     "Logistic",
     "Logit",
     "MLPCoupling",
+    "MLPDynamics",
     "MaskedAffine",
     "MaskedConv2d",
     "MaskedLinear",
