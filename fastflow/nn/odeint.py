@@ -78,7 +78,7 @@ def integrate(
     path = run(watch.around(sweep), start, times[moving], **settings)
     where = moving[1:].long().cumsum(0).to(x.device)
     path = tuple(part[where] for part in path)
-    watch.finite(path[0][-1], float(times[-1]))
+    watch.finite(path[0][-1], float(times[-1].detach()))
     return sweep.solution(path, watch.steps())
 
 
