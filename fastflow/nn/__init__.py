@@ -15,6 +15,7 @@ from fastflow.nn.made import MADE, MaskedLinear
 from fastflow.nn.masked_affine import MaskedAffine
 from fastflow.nn.masked_conv import ConvAutoregressive, MaskedConv2d, WeightNormConv2d
 from fastflow.nn.mlp_coupling import CouplingStack, MLPCoupling
+from fastflow.nn.moving_batch_norm import MovingBatchNorm
 from fastflow.nn.permutation import Permutation
 from fastflow.nn.planar import Planar
 from fastflow.nn.radial import Radial
@@ -48,6 +49,7 @@ __all__ = [
     "MaskedAffine",
     "MaskedConv2d",
     "MaskedLinear",
+    "MovingBatchNorm",
     "NonFiniteError",
     "Permutation",
     "Planar",
