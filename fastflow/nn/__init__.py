@@ -5,6 +5,7 @@ from fastflow.nn.base import Bijection, Inverse, Sequential
 from fastflow.nn.base_distribution import Base, DiagonalGaussian, Logistic, StandardNormal
 from fastflow.nn.batch_norm import BatchNorm
 from fastflow.nn.conv1x1 import InvertibleConv1x1, Weights, weights
+from fastflow.nn.conv_dynamics import ConvDynamics
 from fastflow.nn.coupling import AdditiveCoupling, AffineCoupling
 from fastflow.nn.debugging import NonFiniteError, debug
 from fastflow.nn.diagnostics import InverseError, inverse_error
@@ -35,6 +36,7 @@ __all__ = [
     "Bijection",
     "Categorical",
     "ConvAutoregressive",
+    "ConvDynamics",
     "CouplingStack",
     "DiagonalGaussian",
     "DiscretizedLogistic",
