@@ -17,6 +17,7 @@ from fastflow.nn.masked_affine import MaskedAffine
 from fastflow.nn.masked_conv import ConvAutoregressive, MaskedConv2d, WeightNormConv2d
 from fastflow.nn.mlp_coupling import CouplingStack, MLPCoupling
 from fastflow.nn.moving_batch_norm import MovingBatchNorm
+from fastflow.nn.multi_scale import MultiScale
 from fastflow.nn.permutation import Permutation
 from fastflow.nn.planar import Planar
 from fastflow.nn.radial import Radial
@@ -52,6 +53,7 @@ __all__ = [
     "MaskedConv2d",
     "MaskedLinear",
     "MovingBatchNorm",
+    "MultiScale",
     "NonFiniteError",
     "Permutation",
     "Planar",

@@ -166,23 +166,25 @@ class _Activate(torch.autograd.Function):
     def backward(ctx, grad):
         a, shift = ctx.saved_tensors
         batch = ctx.parts[1]
-        inner = a[:batch] + shift
-        y, slope = _activate(inner, ctx.activation)
+        slope, curvature = _slopes(a[:batch] + shift, ctx.activation)
         tangents, gtangents = (v[batch:].unflatten(0, ctx.parts) for v in (a, grad))
-        ginner = grad[:batch] * slope + _curvature(inner, y, slope, ctx.activation) * (tangents * gtangents).sum(0)
+        ginner = torch.addcmul(grad[:batch] * slope, curvature, (tangents * gtangents).sum(0))
         return torch.cat([ginner, (gtangents * slope).flatten(0, 1)]), ginner.sum_to_size(shift.shape), None, None
 
 
 _PHI = {"tanh": torch.tanh, "softplus": partial(F.softplus, threshold=50), "elu": F.elu, "silu": F.silu}
 
 
-def _curvature(a: Tensor, y: Tensor, slope: Tensor, activation: str) -> Tensor:
-    """phi''(a), given y = phi(a) and the slope phi'(a)."""
+def _slopes(a: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+    """phi'(a) and phi''(a)."""
     if activation == "tanh":
-        return -2 * y * slope
-    if activation == "softplus":
-        return slope * (1 - slope)
+        y = torch.tanh(a)
+        slope = 1 - y * y
+        return slope, -2 * y * slope
     if activation == "elu":
-        return torch.where(a > 0, 0, slope)
+        slope = torch.exp(a.clamp(max=0))
+        return slope, torch.where(a > 0, 0, slope)
     s = torch.sigmoid(a)
-    return s * (1 - s) * (2 + a * (1 - 2 * s))
+    if activation == "softplus":
+        return s, s * (1 - s)
+    return s * (1 + a * (1 - s)), s * (1 - s) * (2 + a * (1 - 2 * s))
