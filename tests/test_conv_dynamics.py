@@ -22,17 +22,16 @@ def made(layer="concat", activation="softplus", channels=2, hidden=(3, 4)):
 
 
 def ffjord(dynamics, t, x):
-    """The network as ffjord's ``ODEnet`` has it, of torch's modules, loaded with our parameters by their names."""
+    """The network as ffjord's ``ODEnet`` has it, as one reads it there, of the same torch modules."""
     y = x
-    for i, layer in enumerate(dynamics.layers):
-        if dynamics.layer == "concat":
-            y = torch.cat([t * torch.ones_like(y[:, :1]), y], 1)
-        y = F.conv2d(y, layer.weight, layer.bias, padding=1)
+    time = t * x.new_ones(1, 1)
+    for i, layer in enumerate(dynamics.net):
+        y = layer.conv(torch.cat([t * torch.ones_like(y[:, :1]), y], 1) if dynamics.layer == "concat" else y)
         if dynamics.layer in ("concat_squash", "squash"):
-            y = y * torch.sigmoid(F.linear(t * y.new_ones(1, 1), layer.gate_weight, layer.gate_bias)).view(1, -1, 1, 1)
+            y = y * torch.sigmoid(layer.gate(time)).view(1, -1, 1, 1)
         if dynamics.layer == "concat_squash":
-            y = y + F.linear(t * y.new_ones(1, 1), layer.hyper_weight).view(1, -1, 1, 1)
-        if i + 1 < len(dynamics.layers):
+            y = y + layer.hyper(time).view(1, -1, 1, 1)
+        if i + 1 < len(dynamics.net):
             y = {
                 "softplus": F.softplus,
                 "tanh": torch.tanh,

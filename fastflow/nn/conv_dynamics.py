@@ -38,8 +38,8 @@ class ConvDynamics(nn.Module):
     :meth:`jvp` has the products of the Jacobian with tangents, from the same convolutions as the value: a
     stack of (1 + S) B images, of which training needs first derivatives only.
 
-    The parameters are those of ffjord's ``ODEnet``: ``layers.i`` has its layer's ``_layer.weight`` and ``_layer.bias``,
-    ``gate_weight``, ``gate_bias`` are ``_hyper_gate`` (squash: ``_hyper``), ``hyper_weight`` is ``_hyper_bias``.
+    The parameters of the paper's code are these under other names: of its layer i, ``_layer`` is ``net[i].conv``,
+    ``_hyper_gate`` (``_hyper`` of a squash layer) is ``net[i].gate``, ``_hyper_bias`` is ``net[i].hyper``.
 
     Paper: FFJORD, https://arxiv.org/abs/1810.01367.
 
@@ -68,7 +68,7 @@ class ConvDynamics(nn.Module):
             )
         self.channels, self.hidden, self.layer, self.activation = channels, tuple(hidden), layer, activation
         widths = (channels, *self.hidden, channels)
-        self.layers = nn.ModuleList(_Layer(*pair, layer) for pair in zip(widths[:-1], widths[1:], strict=True))
+        self.net = nn.ModuleList(TimeConv2d(*pair, layer) for pair in zip(widths[:-1], widths[1:], strict=True))
         self.beta = nn.Parameter(torch.ones(len(self.hidden))) if activation == "swish" else None
         self.to(memory_format=torch.channels_last)
 
@@ -98,8 +98,8 @@ class ConvDynamics(nn.Module):
         """The last layer's W * y and what is to be added to it; ``activate`` has both from the layers before."""
         t = torch.as_tensor(t, dtype=y.dtype, device=y.device)
         y = y.contiguous(memory_format=torch.channels_last)
-        last = len(self.layers) - 1
-        for i, layer in enumerate(self.layers):
+        last = len(self.net) - 1
+        for i, layer in enumerate(self.net):
             weight, shift = layer(t, y.shape[2:])
             if self.beta is not None:  # swish is silu between layers that multiply by beta and divide by it
                 if i < last:
@@ -116,31 +116,27 @@ class ConvDynamics(nn.Module):
             raise ValueError(f"x: expected [B, {self.channels}, H, W], got {list(x.shape)}")
 
 
-class _Layer(nn.Module):
-    """The parameters of a layer; called, what it is at the time t: W * y + shift."""
+class TimeConv2d(nn.Module):
+    """A 3x3 convolution that knows the time, the kinds of :class:`ConvDynamics`; called, it is W * y + shift at t."""
 
     def __init__(self, channels: int, out: int, kind: str) -> None:
         super().__init__()
         self.kind = kind
-        start = nn.Conv2d(channels + (kind == "concat"), out, 3)
-        self.weight, self.bias = nn.Parameter(start.weight.detach()), nn.Parameter(start.bias.detach())
-        if kind in ("concat_squash", "squash"):
-            gate = nn.Linear(1, out)
-            self.gate_weight, self.gate_bias = nn.Parameter(gate.weight.detach()), nn.Parameter(gate.bias.detach())
-        if kind == "concat_squash":
-            self.hyper_weight = nn.Parameter(nn.Linear(1, out, bias=False).weight.detach())
+        self.conv = nn.Conv2d(channels + (kind == "concat"), out, 3, padding=1)
+        self.gate = nn.Linear(1, out) if kind in ("concat_squash", "squash") else None
+        self.hyper = nn.Linear(1, out, bias=False) if kind == "concat_squash" else None
 
     def forward(self, t: Tensor, size: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """W [out, C, 3, 3] and the shift [1, out, 1 or H, 1 or W]."""
+        """W [out, C, 3, 3] and the shift [1, out, 1 or H, 1 or W] for images of a size (H, W)."""
+        weight, shift = self.conv.weight, self.conv.bias
         if self.kind == "concat":
             # the channel of time is zero beyond the border, so that the shift depends on the position
-            return self.weight[:, 1:], F.conv2d(t.expand(1, 1, *size), self.weight[:, :1], self.bias, padding=1)
-        weight, shift = self.weight, self.bias
-        if self.kind != "ignore":
-            gate = torch.sigmoid(t * self.gate_weight[:, 0] + self.gate_bias)
+            return weight[:, 1:], F.conv2d(t.expand(1, 1, *size), weight[:, :1], shift, padding=1)
+        if self.gate is not None:
+            gate = torch.sigmoid(t * self.gate.weight[:, 0] + self.gate.bias)
             weight, shift = gate.view(-1, 1, 1, 1) * weight, gate * shift
-        if self.kind == "concat_squash":
-            shift = shift + t * self.hyper_weight[:, 0]
+        if self.hyper is not None:
+            shift = shift + t * self.hyper.weight[:, 0]
         return weight, shift.view(1, -1, 1, 1)
 
 
