@@ -6,6 +6,7 @@ from fastflow.nn.base_distribution import Base, DiagonalGaussian, Logistic, Stan
 from fastflow.nn.batch_norm import BatchNorm
 from fastflow.nn.continuous import Continuous, Energies
 from fastflow.nn.conv1x1 import InvertibleConv1x1, Weights, weights
+from fastflow.nn.conv_dynamics import ConvDynamics
 from fastflow.nn.coupling import AdditiveCoupling, AffineCoupling
 from fastflow.nn.debugging import NonFiniteError, debug
 from fastflow.nn.diagnostics import InverseError, inverse_error
@@ -17,6 +18,8 @@ from fastflow.nn.made import MADE, MaskedLinear
 from fastflow.nn.masked_affine import MaskedAffine
 from fastflow.nn.masked_conv import ConvAutoregressive, MaskedConv2d, WeightNormConv2d
 from fastflow.nn.mlp_coupling import CouplingStack, MLPCoupling
+from fastflow.nn.moving_batch_norm import MovingBatchNorm
+from fastflow.nn.multi_scale import MultiScale
 from fastflow.nn.permutation import Permutation
 from fastflow.nn.planar import Planar
 from fastflow.nn.radial import Radial
@@ -38,6 +41,7 @@ __all__ = [
     "Categorical",
     "Continuous",
     "ConvAutoregressive",
+    "ConvDynamics",
     "CouplingStack",
     "DiagonalGaussian",
     "DiscretizedLogistic",
@@ -54,6 +58,8 @@ __all__ = [
     "MaskedAffine",
     "MaskedConv2d",
     "MaskedLinear",
+    "MovingBatchNorm",
+    "MultiScale",
     "NonFiniteError",
     "Permutation",
     "Planar",
