@@ -388,7 +388,7 @@ def test_a_module_that_explodes():
     with pytest.raises(fastflow.SolverError, match=r"sample 2 is not finite at t = .*, step \d+"):
         Continuous(Explosion(), trace="exact", method="euler", step_size=0.02, time=3.0)(x[[0, 0, 2]])
     with pytest.raises(
-        fastflow.SolverError, match=r"underflows at t = 0.*, h = .*: the dynamics of sample [01] are not"
+        fastflow.SolverError, match=r"underflows at t = 0.*, h = .*: the dynamics of sample"
     ):
         Continuous(Hole(), trace="exact")(torch.tensor([[-0.5], [0.5]]))
     with pytest.raises(fastflow.SolverError, match="more than max_steps = 3 steps at t = .*derivative"):
