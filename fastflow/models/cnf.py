@@ -57,6 +57,8 @@ class ContinuousFlow(Flow):
 
     def _through(self, x: Tensor, inverse: bool = False, **options: Any) -> tuple[Tensor, Tensor]:
         """One pass: (the other end, the log-determinants [S, B] by each probe, [1, B] where none is random)."""
+        if tuple(x.shape[1:]) != self.base.shape:
+            raise ValueError(f"x: expected [B, {', '.join(map(str, self.base.shape))}], got {list(x.shape)}")
         layers = list(self.bijection)
         total = x.new_zeros(1, len(x))
         for layer in reversed(layers) if inverse else layers:
