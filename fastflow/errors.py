@@ -16,7 +16,7 @@ class MissingPackage(UserError, ImportError):
 
 
 class SolverError(RuntimeError):
-    """A differential equation could not be integrated; says at what time, in which step and for which sample."""
+    """A differential equation that could not be integrated: where, at which step and for which sample."""
 
 
 def need(module: str, package: str, extra: str = "train") -> ModuleType:

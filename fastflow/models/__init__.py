@@ -1,5 +1,7 @@
 """Published models, one file per paper."""
 
+from fastflow.models.cnf import CNF, PlanarDynamics
+from fastflow.models.ffjord import FFJORD
 from fastflow.models.flow_vae import FlowVAE
 from fastflow.models.glow import Glow
 from fastflow.models.iaf import IAF, IAFlow
@@ -14,6 +16,8 @@ from fastflow.models.realnvp import RealNVP, VectorRealNVP
 from fastflow.models.wavenet import WaveNet
 
 __all__ = [
+    "CNF",
+    "FFJORD",
     "FlowVAE",
     "GaussianMADE",
     "Glow",
@@ -25,6 +29,7 @@ __all__ = [
     "NICE",
     "ODENVP",
     "Planar",
+    "PlanarDynamics",
     "Radial",
     "RealNVP",
     "VectorRealNVP",

@@ -68,7 +68,9 @@ class Continuous(Bijection):
         checkpoints: states that the exact gradient of a fused solve keeps; those between are recomputed.
         regularize: integrates :class:`Energies` beside the state: see :attr:`energies`.
         max_steps: more of them raise ``SolverError``.
-        product: how the trace of a module is taken, in reverse mode (``vjp``) or in forward mode (``jvp``).
+        product: how the trace of a module is taken, in reverse mode (``vjp``) or in forward mode (``jvp``), by the
+            module's own method ``jvp(t, x, tangents [S, B, ...]) -> (value, products)`` where it has one; None: the
+            latter where it has one.
         fused: False: MLPs too go through torchdiffeq.
 
     After every call :attr:`steps` says what the solve took.
@@ -108,7 +110,7 @@ class Continuous(Bijection):
         checkpoints: int = 32,
         regularize: bool = False,
         max_steps: int = 1000,
-        product: Literal["vjp", "jvp"] = "vjp",
+        product: Literal["vjp", "jvp"] | None = None,
         fused: bool = True,
     ) -> None:
         super().__init__()
@@ -126,6 +128,7 @@ class Continuous(Bijection):
             raise ValueError(f"max_steps: expected at least 1, got {max_steps}")
         if checkpoints < 1:
             raise ValueError(f"checkpoints: expected at least 1, got {checkpoints}")
+        product = product or ("jvp" if hasattr(dynamics, "jvp") else "vjp")
         if product not in traces.METHODS:
             raise ValueError(f"product: expected one of {', '.join(traces.METHODS)}, got {product!r}")
         self.dynamics, self.time = dynamics, time

@@ -173,7 +173,10 @@ class _Sweep:
             value, trace = self.dynamics.value_and_trace(t, x)
             return value, trace[None], None
         e = unit_probes(x) if exact else self.probes
-        value, products = jacobian_products(f, x, e, self.product)
+        if self.product == "jvp" and hasattr(self.dynamics, "jvp"):
+            value, products = self.dynamics.jvp(t, x, e)
+        else:
+            value, products = jacobian_products(f, x, e, self.product)
         squares = None
         if self.regularize:
             squares = products.square().flatten(2).sum(2)

@@ -11,6 +11,7 @@ from fastflow.ops.gaussian_kl import gaussian_kl
 from fastflow.ops.masked import masked_linear, masked_mlp
 from fastflow.ops.mlp_coupling import mlp_coupling
 from fastflow.ops.mlp_stack import ActNormStep, CouplingStep, MLPStack, PermutationStep
+from fastflow.ops.ode import Solution, Steps, mlp_ode
 from fastflow.ops.orthonormal import orthogonality, orthonormal
 from fastflow.ops.planar import planar
 from fastflow.ops.radial import radial
@@ -29,6 +30,8 @@ __all__ = [
     "PermutationStep",
     "Rademacher",
     "ScaleMap",
+    "Solution",
+    "Steps",
     "TraceEstimate",
     "WaveNetWeights",
     "actnorm",
@@ -47,6 +50,7 @@ __all__ = [
     "mlp_coupling",
     "masked_linear",
     "masked_mlp",
+    "mlp_ode",
     "mlp_trace",
     "orthogonality",
     "orthonormal",
