@@ -19,6 +19,7 @@ from .data import BUNDLED, NAMES, Dataset, load_data
 from .errors import MissingPackage, NonFiniteLoss, UserError
 from .figures import draw_curve
 from .loop import Result, final_figure, train
+from .over_time import draw_over_time
 from .parallel import choose_device, process_group, rank
 from .recipe import Recipe, build_model, find_recipe, load_model, model_config
 from .recipes import RECIPES
@@ -113,6 +114,12 @@ def add_sample_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="seed of the noise, the same at every temperature (default: %(default)s)",
     )
+    parser.add_argument(
+        "--over-time",
+        metavar="FILE",
+        type=Path,
+        help="instead: how the flow takes its base to the data, for points in the plane; .png (a strip) or .gif",
+    )
     parser.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1 (default: cuda if any)")
 
 
@@ -153,6 +160,10 @@ def run_sample(args: argparse.Namespace) -> int:
         )
     with _one_line():
         model, meta = load_model(args.checkpoint, choose_device(args.device))
+        if args.over_time is not None:
+            pictures = draw_over_time(model, args.over_time, args.n or 2000, args.temperature[-1], args.seed)
+            print(f"wrote {args.over_time}: the flow from its base to the data in {pictures} pictures")
+            return 0
         out = args.out or Path(default_name(meta["data"]))
         n = write_samples(model, meta["data"], out, args.temperature, args.n, args.seed)
     print(f"wrote {out}: {n} samples at temperature {', '.join(f'{t:g}' for t in args.temperature)}")
