@@ -38,9 +38,7 @@ class ContinuousFlow(Flow):
             :math:`-\log p(x) + \lambda_K \int |f|^2 dt + \lambda_J \int |\partial_x f\, e|^2 dt`.
     """
 
-    def __init__(
-        self, base: Base, layers: Iterable[Bijection], kinetic: float = 0.0, jacobian: float = 0.0
-    ) -> None:
+    def __init__(self, base: Base, layers: Iterable[Bijection], kinetic: float = 0.0, jacobian: float = 0.0) -> None:
         for name, value in (("kinetic", kinetic), ("jacobian", jacobian)):
             if not 0 <= value < math.inf:
                 raise ValueError(f"{name}: expected a number of at least 0, got {value}")
@@ -59,6 +57,8 @@ class ContinuousFlow(Flow):
 
     def _through(self, x: Tensor, inverse: bool = False, **options: Any) -> tuple[Tensor, Tensor]:
         """One pass: (the other end, the log-determinants [S, B] by each probe, [1, B] where none is random)."""
+        if tuple(x.shape[1:]) != self.base.shape:
+            raise ValueError(f"x: expected [B, {', '.join(map(str, self.base.shape))}], got {list(x.shape)}")
         layers = list(self.bijection)
         total = x.new_zeros(1, len(x))
         for layer in reversed(layers) if inverse else layers:
@@ -137,8 +137,9 @@ class CNF(ContinuousFlow):
     r"""One continuous flow by any dynamics, with the data at the time 0 and the latent at ``time``.
 
     Args:
-        dynamics: a module (t, x) -> dx/dt; or one of fastflow's as data, ``{"kind": "planar", "features": 2, ...}`` with
-            the arguments of :class:`PlanarDynamics`, ``{"kind": "mlp", ...}`` of :class:`fastflow.nn.MLPDynamics`.
+        dynamics: a module (t, x) -> dx/dt; or one of fastflow's as data, ``{"kind": "planar", "features": 2, ...}``
+            with the arguments of :class:`PlanarDynamics`, ``{"kind": "mlp", ...}`` of
+            :class:`fastflow.nn.MLPDynamics`.
         features: D or the shape of a sample; ``dynamics.features`` where it is not given.
         trace: ``exact``, ``hutchinson`` or ``bottleneck``.
         solver: the method.
@@ -147,7 +148,8 @@ class CNF(ContinuousFlow):
         time, train_time, eval_trace, probes, kind, rtol, atol, step_size, per_sample, adjoint, checkpoints, max_steps:
             as for :class:`fastflow.nn.Continuous`.
 
-    ``config`` rebuilds the model where the dynamics are data or one of fastflow's; a module of your own is passed again.
+    ``config`` rebuilds the model where the dynamics are data or one of fastflow's; a module of your own is passed
+    again.
 
     >>> model = CNF({"kind": "planar", "features": 2, "width": 8}, time=1.0, solver="rk4", step_size=0.1)
     >>> model.log_prob(torch.randn(5, 2)).shape, model.sample(3).shape

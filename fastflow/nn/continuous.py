@@ -12,15 +12,15 @@ from torch import Tensor, nn
 from fastflow.nn import odeint
 from fastflow.nn.base import Bijection, no_context
 from fastflow.nn.dynamics import MLPDynamics
-from fastflow.nn.odeint import Solution, Steps
 from fastflow.ops import _check
 from fastflow.ops import trace as traces
 from fastflow.ops._op import accumulator, without_autocast
+from fastflow.ops.ode import Solution, Steps, mlp_ode
+from fastflow.ops.ode_method import METHODS
 
 __all__ = ["Continuous", "Energies"]
 
 TRACES = ("exact", "hutchinson", "bottleneck", None)
-FUSED = ("euler", "midpoint", "rk4", "dopri5", "tsit5", "bosh3")
 
 Trace = Literal["exact", "hutchinson", "bottleneck"]
 
@@ -137,7 +137,7 @@ class Continuous(Bijection):
         self.method, self.rtol, self.atol, self.step_size = method, rtol, atol, step_size
         self.adjoint, self.checkpoints, self.per_sample = adjoint, checkpoints, per_sample
         self.regularize, self.max_steps, self.product = regularize, max_steps, product
-        self.fused = fused and isinstance(dynamics, MLPDynamics) and method in FUSED
+        self.fused = fused and isinstance(dynamics, MLPDynamics) and method in METHODS
         self._last: Solution | None = None
         for each in (trace, eval_trace):
             self._check_trace("trace", each)
@@ -212,14 +212,12 @@ class Continuous(Bijection):
         if not self.fused:
             given |= {"trace": trace, "product": self.product, "adjoint": self.adjoint and torch.is_grad_enabled()}
             return odeint.integrate(self.dynamics, x, times.to(x.device), **given)
-        from fastflow.ops.ode import mlp_ode
-
         return mlp_ode(
             x,
             times,
             self.dynamics.layers,
             layer=self.dynamics.layer,
-            activation=self.dynamics.fused_activation,
+            activation=self.dynamics.activation,
             exact=trace == "exact",
             per_sample=self.per_sample,
             gradient="adjoint" if self.adjoint else "steps",

@@ -111,31 +111,11 @@ class MLPDynamics(nn.Module):
 
     @property
     def layers(self) -> list[tuple[Tensor, ...]]:
-        r"""The tensors of every layer as :func:`fastflow.mlp_ode` and :func:`fastflow.mlp_trace` take them.
-
-        Those know silu, not swish: :math:`a\, \sigma(\beta a) = \mathrm{silu}(\beta a) / \beta`, so that
-        :math:`\beta` goes into the layer before the activation and its inverse into the one after it.
-        """
+        """The tensors of every layer as :func:`fastflow.mlp_ode` and :func:`fastflow.mlp_trace` take them."""
         layers = [layer.parts() for layer in self.net]
-        if self.beta is None:
-            return layers
-        for i, beta in enumerate(self.beta):
-            weight, bias, *gating = layers[i]
-            # everything that is added up in a, so not the gate
-            gating[2:] = [beta * hyper for hyper in gating[2:]]
-            layers[i] = (beta * weight, beta * bias, *gating)
-            weight, *rest = layers[i + 1]
-            if self.layer == "concat":  # its first column is the time's
-                weight = torch.cat([weight[:, :1], weight[:, 1:] / beta], 1)
-            else:
-                weight = weight / beta
-            layers[i + 1] = (weight, *rest)
+        if self.beta is not None:
+            layers[:-1] = [(*parts, beta) for parts, beta in zip(layers[:-1], self.beta, strict=True)]
         return layers
-
-    @property
-    def fused_activation(self) -> str:
-        """The activation that goes with :attr:`layers`."""
-        return "silu" if self.beta is not None else self.activation
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value}" for name, value in self.config.items())

@@ -6,38 +6,21 @@ What :func:`fastflow.mlp_ode` is for MLPs in one native call; the same names, si
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastflow.errors import SolverError, need
+from fastflow.ops.ode import Solution, Steps
 from fastflow.ops.trace import bottleneck_products, dot, jacobian_products, unit_probes
 
-__all__ = ["Solution", "Steps", "integrate"]
+__all__ = ["ADAPTIVE", "FIXED", "integrate"]
 
 ADAPTIVE = ("dopri5", "bosh3", "dopri8", "fehlberg2", "adaptive_heun")
 FIXED = ("euler", "midpoint", "heun2", "heun3", "rk4", "explicit_adams", "implicit_adams")
 
 State = tuple[Tensor, ...]
-
-
-class Steps(NamedTuple):
-    """What a solve took, int64 []: evaluations of the dynamics, accepted and rejected steps."""
-
-    evaluations: Tensor
-    accepted: Tensor
-    rejected: Tensor
-
-
-class Solution(NamedTuple):
-    """Of T + 1 times: the states [T, B, ...] at all but the first, and what is integrated up to there."""
-
-    value: Tensor
-    trace: Tensor | None
-    kinetic: Tensor | None
-    jacobian: Tensor | None
-    steps: Steps
 
 
 def integrate(

@@ -109,9 +109,11 @@ def _rows(values: Tensor, y: Tensor) -> Tensor:
 def _weighted(h: Tensor, weights: Sequence[float | Tensor], ks: Sequence[Tensor]) -> Tensor | float:
     """h sum_i weights_i k_i; h [R] in float64."""
     total: Tensor | float = 0.0
+    size = h.item() if h.numel() == 1 else h
     for weight, k in zip(weights, ks, strict=False):
         if isinstance(weight, Tensor) or weight != 0.0:
-            total = total + _rows(h * weight, k) * k
+            scale = size * weight
+            total = total + (_rows(scale, k) if isinstance(scale, Tensor) else scale) * k
     return total
 
 

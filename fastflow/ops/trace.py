@@ -238,6 +238,8 @@ def _vjp(f: Function, x: Tensor, e: Tensor) -> tuple[Tensor, Tensor]:
 
 def _reverse(value: Tensor, x: Tensor, e: Tensor) -> Tensor:
     """e_s . dvalue/dx of every probe; the graph stays, for the caller's own backward pass or the next product."""
+    if not value.requires_grad:  # a constant
+        return x.new_zeros(e.shape[0], *x.shape)
     batched = e.shape[0] != 1  # a single probe needs no vmap, under which some functions cannot run
     (products,) = torch.autograd.grad(
         value,
