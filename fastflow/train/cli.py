@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastflow.errors import SolverError
+
 from .checkpoint import has_checkpoint, load_checkpoint
 from .config import TrainConfig
 from .data import BUNDLED, NAMES, Dataset, load_data
@@ -138,7 +140,7 @@ def run_train(args: argparse.Namespace) -> int:
         first = rank() == 0
         try:
             result = train(model, data, config, args.out, resume=args.resume)
-        except NonFiniteLoss as error:
+        except (NonFiniteLoss, SolverError) as error:
             if first:
                 print(f"fastflow: {error}", file=sys.stderr)
             return 1
@@ -283,5 +285,5 @@ def _one_line() -> Iterator[None]:
         yield
     except UserError:
         raise
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SolverError) as error:
         raise UserError(" ".join(str(error).split())) from error

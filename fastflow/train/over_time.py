@@ -182,6 +182,6 @@ def _animation(
         figure.suptitle(label)
         file = io.BytesIO()
         figure.savefig(file, format="png", dpi=80)
-        frames.append(image.open(file).convert("RGB").quantize(128, dither=image.Dither.NONE))
+        frames.append(image.open(file).convert("RGB").quantize(256, dither=image.Dither.NONE))
     lasts = [_MILLISECONDS] * (len(frames) - 1) + [_HOLD]
     frames[0].save(path, save_all=True, append_images=frames[1:], duration=lasts, loop=0)
