@@ -9,6 +9,7 @@ from fastflow.models.iaf_vae import IAFVAE
 from fastflow.models.made import MADE, GaussianMADE
 from fastflow.models.maf import MAF
 from fastflow.models.nice import NICE
+from fastflow.models.odenvp import ODENVP
 from fastflow.models.planar import Planar
 from fastflow.models.radial import Radial
 from fastflow.models.realnvp import RealNVP, VectorRealNVP
@@ -26,6 +27,7 @@ __all__ = [
     "MADE",
     "MAF",
     "NICE",
+    "ODENVP",
     "Planar",
     "PlanarDynamics",
     "Radial",

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fastflow.nn.dynamics import ACTIVATIONS, LAYERS, Activation, LayerKind
 from fastflow.ops.trace_mlp import _activate
 
 __all__ = ["ConvDynamics"]
-
-LAYERS = ("concat", "concat_squash", "squash", "ignore")
-ACTIVATIONS = ("tanh", "softplus", "elu", "silu", "swish")
 
 
 class ConvDynamics(nn.Module):
@@ -54,8 +51,8 @@ class ConvDynamics(nn.Module):
         self,
         channels: int,
         hidden: Sequence[int] = (64, 64, 64),
-        layer: Literal["concat", "concat_squash", "squash", "ignore"] = "concat",
-        activation: Literal["softplus", "tanh", "elu", "silu", "swish"] = "softplus",
+        layer: LayerKind = "concat",
+        activation: Activation = "softplus",
     ) -> None:
         super().__init__()
         for name, value, allowed in (("layer", layer, LAYERS), ("activation", activation, ACTIVATIONS)):
@@ -119,7 +116,7 @@ class ConvDynamics(nn.Module):
 class TimeConv2d(nn.Module):
     """A 3x3 convolution that knows the time, the kinds of :class:`ConvDynamics`; called, it is W * y + shift at t."""
 
-    def __init__(self, channels: int, out: int, kind: str) -> None:
+    def __init__(self, channels: int, out: int, kind: LayerKind) -> None:
         super().__init__()
         self.kind = kind
         self.conv = nn.Conv2d(channels + (kind == "concat"), out, 3, padding=1)
