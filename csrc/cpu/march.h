@@ -387,10 +387,13 @@ struct March {
 
   // can the step at hand be tried?
   void check() const {
+    // near an overflow the steps could shrink without end: below the rounding of the state it is given up
+    const double finest = std::numeric_limits<T>::epsilon() * std::abs(times.back() - times.front());
     const Controller* bad = nullptr;
     std::string what;
     for (const Controller& c : controllers)
-      if (!bad && active(c) && c.t + c.h == c.t) bad = &c, what = "the step underflows";
+      if (!bad && active(c) && (c.t + c.h == c.t || (!finite_norm(c.ratio) && std::abs(c.h) < finest)))
+        bad = &c, what = "the step underflows";
     for (const Controller& c : controllers)
       if (!bad && active(c) && c.accepted + c.rejected >= max_steps) bad = &c, what = Failure::too_many(max_steps);
     if (!bad) return;
