@@ -19,9 +19,10 @@ class SolverError(RuntimeError):
     """A differential equation that could not be integrated: where, at which step and for which sample."""
 
 
-def need(module: str, package: str) -> ModuleType:
-    """Imports an optional `module` of the extra `train`; raises `MissingPackage` naming the `package`."""
+def need(module: str, package: str, extra: str = "train") -> ModuleType:
+    """Imports an optional `module` of an `extra`; raises `MissingPackage` naming the `package`."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise MissingPackage(f"this needs {package}, which is not installed: pip install 'fastflow[train]'") from error
+        words = f"this needs {package}, which is not installed: pip install 'fastflow[{extra}]'"
+        raise MissingPackage(words) from error

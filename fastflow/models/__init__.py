@@ -1,5 +1,7 @@
 """Published models, one file per paper."""
 
+from fastflow.models.cnf import CNF, PlanarDynamics
+from fastflow.models.ffjord import FFJORD
 from fastflow.models.flow_vae import FlowVAE
 from fastflow.models.glow import Glow
 from fastflow.models.iaf import IAF, IAFlow
@@ -7,12 +9,15 @@ from fastflow.models.iaf_vae import IAFVAE
 from fastflow.models.made import MADE, GaussianMADE
 from fastflow.models.maf import MAF
 from fastflow.models.nice import NICE
+from fastflow.models.odenvp import ODENVP
 from fastflow.models.planar import Planar
 from fastflow.models.radial import Radial
 from fastflow.models.realnvp import RealNVP, VectorRealNVP
 from fastflow.models.wavenet import WaveNet
 
 __all__ = [
+    "CNF",
+    "FFJORD",
     "FlowVAE",
     "GaussianMADE",
     "Glow",
@@ -22,7 +27,9 @@ __all__ = [
     "MADE",
     "MAF",
     "NICE",
+    "ODENVP",
     "Planar",
+    "PlanarDynamics",
     "Radial",
     "RealNVP",
     "VectorRealNVP",

@@ -13,17 +13,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastflow.nn.actnorm import ActNorm
-from fastflow.nn.base import Bijection, Inverse, Sequential, no_context
+from fastflow.nn.base import Bijection, Inverse, Sequential
 from fastflow.nn.base_distribution import StandardNormal
 from fastflow.nn.batch_norm import BatchNorm
 from fastflow.nn.coupling import AffineCoupling
 from fastflow.nn.flow import Flow
 from fastflow.nn.logit import Logit
 from fastflow.nn.mlp_coupling import CouplingStack, MLPCoupling
+from fastflow.nn.multi_scale import MultiScale
 from fastflow.nn.permutation import Permutation
 from fastflow.nn.reshape import Squeeze
 from fastflow.nn.split_prior import SplitPrior
-from fastflow.ops import gaussian_log_prob, gaussian_sample
 
 __all__ = ["RealNVP", "VectorRealNVP", "ResNet", "WeightNormConv2d", "PRESETS"]
 
@@ -116,7 +116,7 @@ def normalisation(kind: Norm, channels: int) -> list[Bijection]:
     return [ActNorm(channels) if kind == "actnorm" else BatchNorm(channels)]
 
 
-class RealNVP(nn.Module):
+class RealNVP(MultiScale):
     r"""RealNVP on images.
 
     A scale is three couplings :math:`z = (x + t) \odot e^s`, :math:`s = r \tanh(\hat s)`, on checkerboards of
@@ -163,9 +163,9 @@ class RealNVP(nn.Module):
         alpha: float | None = 0.05,
         gain_decay: float = 0.0,
     ) -> None:
-        super().__init__()
+        super().__init__(image_shape)
         self.config = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
-        self.config["image_shape"] = self.image_shape = tuple(image_shape)
+        self.config["image_shape"] = self.image_shape
         _one_of("prior", prior, ("standard", "conditional"))
         _one_of("norm", norm, ("actnorm", "batch", "none"))
         channels, height, width = self.image_shape
@@ -176,7 +176,6 @@ class RealNVP(nn.Module):
                 f"{' in compact form' if compact else ''}, got {height} x {width}"
             )
         self.preprocess = Sequential() if alpha is None else Sequential(Logit(alpha, -0.5, 0.5))
-        self.scales, self.splits = nn.ModuleList(), nn.ModuleList()
         self.diagonal = Squeeze(order="diagonal")
         for scale in range(scales):
             width_here = hidden * 2**scale
@@ -228,44 +227,12 @@ class RealNVP(nn.Module):
         )
         return [*normalisation(c["norm"], channels), coupling]
 
-    # --- both directions --------------------------------------------------------------------------------
-
-    def encode(self, x: Tensor, context: Tensor | None = None) -> tuple[list[Tensor], Tensor]:
-        """x [B, C, H, W] -> (the latents, log p(x) [B] in nats)."""
-        if x.dim() != 4 or tuple(x.shape[1:]) != self.image_shape:
-            raise ValueError(f"x: expected [B, {', '.join(map(str, self.image_shape))}], got {list(x.shape)}")
-        no_context(context)
-        x, total = self.preprocess(x.contiguous(memory_format=torch.channels_last))
-        latents: list[Tensor] = []
-        for scale, split in zip(self.scales, [*self.splits, None], strict=True):
-            x, logdet = scale(x)
-            total = total + logdet
-            if split is not None:
-                x, latent, log_prob = split(x)
-                latents.append(latent)
-                total = total + log_prob
-        return [*latents, x], total + gaussian_log_prob(x)
-
-    def decode(self, latents: Sequence[Tensor], context: Tensor | None = None) -> Tensor:
-        """The image of given latents: the inverse of :meth:`encode`."""
-        no_context(context)
-        *parts, x = latents
-        if len(parts) != len(self.splits):
-            raise ValueError(f"latents: expected {len(self.splits) + 1}, got {len(latents)}")
-        return self._decode(x, parts, {})[0]
+    # --- latents --------------------------------------------------------------------------------------
 
     def _decode(self, x: Tensor, parts: Sequence[Tensor | None], noise: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """(the image, log p(image | x) [B]): what is not given of the parts is drawn."""
         if self.training and (self.config["net_norm"] or self.config["norm"] == "batch"):
             raise RuntimeError("RealNVP with batch normalisation has an inverse in evaluation mode only: call eval()")
-        x, total = self.scales[-1].inverse(x.contiguous(memory_format=torch.channels_last))
-        total = -total
-        for scale, split, part in reversed(list(zip(self.scales[:-1], self.splits, parts, strict=True))):
-            x, log_prob = split.inverse(x, part, **noise)
-            x, logdet = scale.inverse(x)
-            total = total + log_prob - logdet
-        x, logdet = self.preprocess.inverse(x)
-        return x, total - logdet
+        return super()._decode(x, parts, noise)
 
     def assemble(self, latents: Sequence[Tensor]) -> Tensor:
         """The latents as one tensor in the shape of the image [B, C, H, W], each where its pixels were."""
@@ -282,11 +249,7 @@ class RealNVP(nn.Module):
             parts.append(part)
         return [*parts, z]
 
-    # --- densities and samples --------------------------------------------------------------------------
-
-    def log_prob(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        """log p(x) [B] in nats."""
-        return self.encode(x, context)[1]
+    # --- training -------------------------------------------------------------------------------------
 
     def loss(self, x: Tensor, progress: float = 0.0) -> Tensor:
         """What training minimises: -log p(x) [B] in nats, and the penalty on the gains."""
@@ -295,37 +258,6 @@ class RealNVP(nn.Module):
             return loss
         gains = [m.weight_g for m in self.modules() if isinstance(m, WeightNormConv2d)]
         return loss + 0.5 * self.config["gain_decay"] * sum(g.square().sum() for g in gains)
-
-    forward = log_prob  # so that DistributedDataParallel can wrap the model
-
-    def sample_and_log_prob(
-        self,
-        n: int,
-        context: Tensor | None = None,
-        temperature: float = 1.0,
-        generator: torch.Generator | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """(x [n, C, H, W], log p(x) [n]) in one pass; the temperature multiplies the std of every noise."""
-        no_context(context)
-        noise = {"temperature": temperature, "generator": generator}
-        channels, height, width = self.image_shape
-        factor = 2 ** len(self.splits)
-        shape = (n, channels * factor, height // factor, width // factor)
-        like = next(self.parameters())
-        x, log_prob = gaussian_sample(shape=shape, dtype=like.dtype, device=like.device, **noise)
-        x, total = self._decode(x, [None] * len(self.splits), noise)
-        return x, log_prob + total
-
-    @torch.no_grad()
-    def sample(
-        self,
-        n: int,
-        context: Tensor | None = None,
-        temperature: float = 1.0,
-        generator: torch.Generator | None = None,
-    ) -> Tensor:
-        """x [n, C, H, W]; temperature 0 is the mode of every Gaussian."""
-        return self.sample_and_log_prob(n, context, temperature, generator)[0]
 
     @torch.no_grad()
     def initialize(self, batch: Tensor, context: Tensor | None = None) -> None:

@@ -4,10 +4,13 @@ from fastflow.nn.actnorm import ActNorm
 from fastflow.nn.base import Bijection, Inverse, Sequential
 from fastflow.nn.base_distribution import Base, DiagonalGaussian, Logistic, StandardNormal
 from fastflow.nn.batch_norm import BatchNorm
+from fastflow.nn.continuous import Continuous, Energies
 from fastflow.nn.conv1x1 import InvertibleConv1x1, Weights, weights
+from fastflow.nn.conv_dynamics import ConvDynamics
 from fastflow.nn.coupling import AdditiveCoupling, AffineCoupling
 from fastflow.nn.debugging import NonFiniteError, debug
 from fastflow.nn.diagnostics import InverseError, inverse_error
+from fastflow.nn.dynamics import BottleneckDynamics, MLPDynamics
 from fastflow.nn.flow import Flow
 from fastflow.nn.likelihood import Bernoulli, Categorical, DiscretizedLogistic, Likelihood
 from fastflow.nn.logit import Logit
@@ -15,6 +18,8 @@ from fastflow.nn.made import MADE, MaskedLinear
 from fastflow.nn.masked_affine import MaskedAffine
 from fastflow.nn.masked_conv import ConvAutoregressive, MaskedConv2d, WeightNormConv2d
 from fastflow.nn.mlp_coupling import CouplingStack, MLPCoupling
+from fastflow.nn.moving_batch_norm import MovingBatchNorm
+from fastflow.nn.multi_scale import MultiScale
 from fastflow.nn.permutation import Permutation
 from fastflow.nn.planar import Planar
 from fastflow.nn.radial import Radial
@@ -32,11 +37,15 @@ __all__ = [
     "BatchNorm",
     "Bernoulli",
     "Bijection",
+    "BottleneckDynamics",
     "Categorical",
+    "Continuous",
     "ConvAutoregressive",
+    "ConvDynamics",
     "CouplingStack",
     "DiagonalGaussian",
     "DiscretizedLogistic",
+    "Energies",
     "Flow",
     "Inverse",
     "InverseError",
@@ -45,9 +54,12 @@ __all__ = [
     "Logistic",
     "Logit",
     "MLPCoupling",
+    "MLPDynamics",
     "MaskedAffine",
     "MaskedConv2d",
     "MaskedLinear",
+    "MovingBatchNorm",
+    "MultiScale",
     "NonFiniteError",
     "Permutation",
     "Planar",

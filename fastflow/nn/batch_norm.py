@@ -67,16 +67,24 @@ class BatchNorm(Bijection):
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         self._check("x", x)
         if self.training:
-            mean, variance = _moments(x)
-            self._remember(mean, variance)
+            mean, variance = moments(x)
+            # a tensor decides, so that no device is waited for
+            self._remember(mean, variance, torch.where(self.batches == 0, 1.0, self.momentum))
         else:
             mean, variance = self.running_mean, self.running_var
-        z, logdet = actnorm(x, self._log_scale(variance), -mean)
-        return (z if self.beta is None else z + _per_channel(self.beta, z)), logdet
+        return self._normalise(x, mean, variance)
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         if self.training:
             raise RuntimeError("BatchNorm has an inverse in evaluation mode only, by its running averages: call eval()")
+        return self._restore(z)
+
+    def _normalise(self, x: Tensor, mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
+        z, logdet = actnorm(x, self._log_scale(variance), -mean)
+        return (z if self.beta is None else z + _per_channel(self.beta, z)), logdet
+
+    def _restore(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """The inverse by the running averages."""
         self._check("z", z)
         if self.beta is not None:
             z = z - _per_channel(self.beta, z)
@@ -87,11 +95,9 @@ class BatchNorm(Bijection):
         return log_scale if self.gamma is None else log_scale + self.gamma
 
     @torch.no_grad()
-    def _remember(self, mean: Tensor, variance: Tensor) -> None:
-        # a tensor decides, so that no device is waited for
-        weight = torch.where(self.batches == 0, 1.0, self.momentum).to(self.running_mean.dtype)
-        self.running_mean.lerp_(mean.to(weight.dtype), weight)
-        self.running_var.lerp_(variance.to(weight.dtype), weight)
+    def _remember(self, mean: Tensor, variance: Tensor, weight: Tensor | float) -> None:
+        for average, value in ((self.running_mean, mean), (self.running_var, variance)):
+            average.lerp_(value.to(average.dtype), weight.to(average.dtype) if isinstance(weight, Tensor) else weight)
         self.batches += 1
 
     def _check(self, name: str, x: Tensor) -> None:
@@ -100,19 +106,23 @@ class BatchNorm(Bijection):
             raise ValueError(f"{name}: expected {channels} channels [B, C, ...], got {list(x.shape)}")
 
 
-def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance of every channel [C], over all ranks, with their gradients."""
+def moments(x: Tensor, correction: int = 0) -> tuple[Tensor, Tensor]:
+    """Mean and variance of every channel [C], over all ranks, with their gradients.
+
+    The variance is the sum of squares over n - ``correction``, or over 1 where a channel has a single value.
+    """
     if x.numel() == 0:
         raise ValueError(f"x: an empty batch {list(x.shape)} has no statistics; call eval() to use the running ones")
     variance, mean = torch.var_mean(x.to(accumulator(x.dtype)), [d for d in range(x.dim()) if d != 1], correction=0)
+    size = x.numel() // x.shape[1]
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
-        return mean, variance
+        return mean, variance * (size / max(size - correction, 1))
     # every rank counts by its samples
-    count = mean.new_full((1,), x.numel() // x.shape[1])
+    count = mean.new_full((1,), size)
     total = _SumOverRanks.apply(torch.cat([count * mean, count]))
     overall = total[:-1] / total[-1]
     spread = _SumOverRanks.apply(count * (variance + (mean - overall).square()))
-    return overall, spread / total[-1]
+    return overall, spread / (total[-1] - correction).clamp(min=1)
 
 
 class _SumOverRanks(torch.autograd.Function):

@@ -152,8 +152,8 @@ def hutchinson(
     True
     """
     e = _given(probes, x.shape, x, kind, seed, generator)
-    value, products = _PRODUCTS[_method(method)](_same_shape("f", f, x.shape), _input(x), e)
-    return _estimate(value, _dot(products, e))
+    value, products = jacobian_products(f, x, e, method)
+    return _estimate(value, dot(products, e))
 
 
 def exact_trace(f: Function, x: Tensor, *, method: Method = "vjp") -> tuple[Tensor, Tensor]:
@@ -163,10 +163,9 @@ def exact_trace(f: Function, x: Tensor, *, method: Method = "vjp") -> tuple[Tens
     >>> trace.tolist()
     [3.0, 3.0]
     """
-    size = math.prod(x.shape[1:])
-    unit = torch.eye(size, dtype=x.dtype, device=x.device).view(size, 1, *x.shape[1:]).expand(-1, *x.shape)
-    value, products = _PRODUCTS[_method(method)](_same_shape("f", f, x.shape), _input(x), unit)
-    return value, _dot(products, unit).sum(0)
+    unit = unit_probes(x)
+    value, products = jacobian_products(f, x, unit, method)
+    return value, dot(products, unit).sum(0)
 
 
 def bottleneck_trace(
@@ -188,24 +187,46 @@ def bottleneck_trace(
 
     Paper: FFJORD, https://arxiv.org/abs/1810.01367, section 3.1.1.
     """
+
+    def given(hidden: Tensor) -> Tensor:
+        return _given(probes, hidden.shape, x, kind, seed, generator)
+
+    value, products, e = bottleneck_products(h, g, x, given, method)
+    return _estimate(value, dot(products, e))
+
+
+# --- products with the Jacobian: (f(x), [S, ...]) ---------------------------------------------------
+
+
+def jacobian_products(f: Function, x: Tensor, e: Tensor, method: Method = "vjp") -> tuple[Tensor, Tensor]:
+    """f(x) and the products [S, B, ...] of its Jacobian with the probes e [S, B, ...], from the method's side."""
+    return _PRODUCTS[_method(method)](_same_shape("f", f, x.shape), _input(x), e)
+
+
+def bottleneck_products(
+    h: Function, g: Function, x: Tensor, probes: Callable[[Tensor], Tensor], method: Method = "vjp"
+) -> tuple[Tensor, Tensor, Tensor]:
+    """g(h(x)), the products [S, B, H] of the bottleneck's matrix with the probes [S, B, H] that ``probes`` makes for
+    h(x), and these."""
     _method(method)
     x = _input(x)
     g = _same_shape("g", g, x.shape)
     with torch.set_grad_enabled(method == "vjp" or torch.is_grad_enabled()):
         hidden = h(x)
-    e = _given(probes, hidden.shape, x, kind, seed, generator)
+    e = probes(hidden)
     if method == "jvp":
         value, tangent = _jvp(g, hidden, e)
-        _, products = _jvp(h, x, tangent)
-    else:
-        with torch.enable_grad():
-            value = g(hidden)
-        products = _reverse(value, hidden, _reverse(hidden, x, e))
-        value = value if torch.is_grad_enabled() else value.detach()
-    return _estimate(value, _dot(products, e))
+        return value, _jvp(h, x, tangent)[1], e
+    with torch.enable_grad():
+        value = g(hidden)
+    products = _reverse(value, hidden, _reverse(hidden, x, e))
+    return (value if torch.is_grad_enabled() else value.detach()), products, e
 
 
-# --- products with the Jacobian: (f(x), [S, ...]) ---------------------------------------------------
+def unit_probes(x: Tensor) -> Tensor:
+    """[D, B, ...], one for every element of a sample: with them the products are the whole Jacobian."""
+    size = math.prod(x.shape[1:])
+    return torch.eye(size, dtype=x.dtype, device=x.device).view(size, 1, *x.shape[1:]).expand(-1, *x.shape)
 
 
 def _vjp(f: Function, x: Tensor, e: Tensor) -> tuple[Tensor, Tensor]:
@@ -217,6 +238,8 @@ def _vjp(f: Function, x: Tensor, e: Tensor) -> tuple[Tensor, Tensor]:
 
 def _reverse(value: Tensor, x: Tensor, e: Tensor) -> Tensor:
     """e_s . dvalue/dx of every probe; the graph stays, for the caller's own backward pass or the next product."""
+    if not value.requires_grad:  # a constant
+        return x.new_zeros(e.shape[0], *x.shape)
     batched = e.shape[0] != 1  # a single probe needs no vmap, under which some functions cannot run
     (products,) = torch.autograd.grad(
         value,
@@ -244,7 +267,7 @@ def _jvp(f: Function, x: Tensor, e: Tensor) -> tuple[Tensor, Tensor]:
 _PRODUCTS = {"vjp": _vjp, "jvp": _jvp}
 
 
-def _dot(products: Tensor, e: Tensor) -> Tensor:
+def dot(products: Tensor, e: Tensor) -> Tensor:
     """Per probe and sample, [S, B]."""
     dtype = accumulator(products.dtype)
     return (products.to(dtype) * e.to(dtype)).flatten(2).sum(2) if products.dim() > 2 else products.to(dtype) * e

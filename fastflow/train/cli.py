@@ -13,12 +13,15 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastflow.errors import SolverError
+
 from .checkpoint import has_checkpoint, load_checkpoint
 from .config import TrainConfig
 from .data import BUNDLED, NAMES, Dataset, load_data
 from .errors import MissingPackage, NonFiniteLoss, UserError
 from .figures import draw_curve
 from .loop import Result, final_figure, train
+from .over_time import draw_over_time
 from .parallel import choose_device, process_group, rank
 from .recipe import Recipe, build_model, find_recipe, load_model, model_config
 from .recipes import RECIPES
@@ -113,6 +116,12 @@ def add_sample_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="seed of the noise, the same at every temperature (default: %(default)s)",
     )
+    parser.add_argument(
+        "--over-time",
+        metavar="FILE",
+        type=Path,
+        help="instead: how the flow takes its base to the data, for points in the plane; .png (a strip) or .gif",
+    )
     parser.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1 (default: cuda if any)")
 
 
@@ -131,7 +140,7 @@ def run_train(args: argparse.Namespace) -> int:
         first = rank() == 0
         try:
             result = train(model, data, config, args.out, resume=args.resume)
-        except NonFiniteLoss as error:
+        except (NonFiniteLoss, SolverError) as error:
             if first:
                 print(f"fastflow: {error}", file=sys.stderr)
             return 1
@@ -153,6 +162,10 @@ def run_sample(args: argparse.Namespace) -> int:
         )
     with _one_line():
         model, meta = load_model(args.checkpoint, choose_device(args.device))
+        if args.over_time is not None:
+            pictures = draw_over_time(model, args.over_time, args.n or 2000, args.temperature[-1], args.seed)
+            print(f"wrote {args.over_time}: the flow from its base to the data in {pictures} pictures")
+            return 0
         out = args.out or Path(default_name(meta["data"]))
         n = write_samples(model, meta["data"], out, args.temperature, args.n, args.seed)
     print(f"wrote {out}: {n} samples at temperature {', '.join(f'{t:g}' for t in args.temperature)}")
@@ -272,5 +285,5 @@ def _one_line() -> Iterator[None]:
         yield
     except UserError:
         raise
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SolverError) as error:
         raise UserError(" ".join(str(error).split())) from error
