@@ -73,6 +73,8 @@ class Solution(NamedTuple):
 #   states      [K, B, D]: x before the steps 0, spacing, 2 spacing, ... of its controller; spacing is 1 and doubles,
 #               every other state being dropped, whenever all K are in use
 #
+# An attempt whose error or state is not finite counts as rejected and the step shrinks to a fifth, until that is below
+# eps (of x's dtype) |times[-1] - times[0]|: "not finite"; so is f at the start, or a state after a fixed step.
 # B > 0. A solve that fails throws (C++: std::runtime_error) one of
 #   "the state or its derivative is not finite", "the step underflows", "more than {max_steps} steps", followed by
 #   " at t = %.6g, step %d, h = %.3g, first in sample %d"  (step: the attempt, from 1; sample: per sample its own, else
@@ -389,7 +391,9 @@ def _solve(backend, problem, gradient, checkpoints, x, times, probes, params):
     if x.shape[0] == 0 or backend not in KERNELS:
         backend = "reference"
     wanted = any_grad(x, times, *params)
-    if wanted and (backend != "reference" or gradient == "adjoint"):
+    # where nothing is to be integrated the graph has no parameters; they still get a gradient, of zeros
+    nothing = x.shape[0] == 0 or (_readable(times) and bool(times[0] == times[-1]))
+    if wanted and (backend != "reference" or gradient == "adjoint" or nothing):
         return _MlpOde.apply(backend, problem, gradient, checkpoints, x, times, probes, *params)
     if backend != "reference":
         values, traces, energies, _, counts, _ = _run(backend, problem, 0, x, times, probes, params)

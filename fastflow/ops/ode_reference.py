@@ -198,16 +198,18 @@ def solve(
     _finite(t, attempts, torch.zeros_like(t), y, k)
     h = _initial(f, t, y, k, sign, method.order, control, split)
     counts[:, 0] = 2
+    finest = torch.finfo(y.dtype).eps * abs(times[-1] - times[0])
     # room for the steps: doubled as needed
     steps = t.new_zeros((64, rows, 2))
     each, ratio, errors = torch.arange(rows, device=y.device), torch.zeros_like(t), y.new_zeros(y.shape[0]).double()
     while (active := sign * (times[-1] - t) > 0).any():
         step = torch.where(active, h, 0.0)
         attempts = counts[:, 1] + counts[:, 2] + 1
-        stuck = active & (t + step == t)
+        # near an overflow the steps could shrink without end: below the rounding of the state it is given up
+        stuck = active & ((t + step == t) | (ratio.isinf() & (step.abs() < finest)))
         if (stuck | (active & (attempts > max_steps))).any():
             bad = stuck if stuck.any() else active
-            sample = int(bad.nonzero()[0]) if rows > 1 else int(errors.nan_to_num(torch.inf).argmax())
+            sample = int(bad.nonzero()[0]) if rows > 1 else int(torch.where(errors.isnan(), torch.inf, errors).argmax())
             what = f"more than {max_steps} steps" if not stuck.any() else "the step underflows"
             r = sample if rows > 1 else 0
             raise _failure(what if ratio[r].isfinite() else NOT_FINITE, t, attempts, h, sample)
@@ -215,7 +217,7 @@ def solve(
         after = y + _weighted(step, method.b, ks)
         ratio, errors = _norms(split(_weighted(step, method.error, ks)), split(y), split(after), control)
         finite = after.isfinite().all(1)
-        ratio = torch.where(finite if rows > 1 else finite.all(), ratio, torch.inf).nan_to_num(torch.inf)
+        ratio = torch.where((finite if rows > 1 else finite.all()) & ~ratio.isnan(), ratio, torch.inf)
         moved = active & (ratio <= 1)
         counts += torch.stack([(method.stages - 1) * active, moved, active & ~moved, 0 * active], 1)
         if moved.any():
@@ -257,11 +259,10 @@ def _march(f, y, times, method, path, outputs, visit=None):
     # a step ends where the next one starts; the last one as far on as there are outputs
     ends = torch.cat([path.steps[1:, :, 0], path.steps[:1, :, 0]]) if len(path.steps) else path.steps
     k = None
-    for i in range(int(accepted.max())):
-        t, h = path.steps[i].unbind(1)
+    for i in range(int(accepted.max()) if accepted.numel() else 0):
         moved, last = i < accepted, i + 1 == accepted
+        t, h = torch.where(moved[:, None], path.steps[i], 0.0).unbind(1)
         end = torch.where(last, outputs.sign * torch.inf, ends[i])
-        h = torch.where(moved, h, 0.0)
         k = f(_rows(t, y), y) if k is None or not method.fsal else k
         ks, at = _stages(f, method, t, h, y, k)
         outputs.take(t, end, h, y, ks, moved)

@@ -13,6 +13,7 @@ from fastflow.testing import (
     gaussian,
     masked,
     mlp_coupling,
+    ode,
     planar,
     sylvester,
     trace,
@@ -35,6 +36,7 @@ _FAMILIES = (
     autoregressive,
     masked,
     sylvester,
+    ode,
 )
 
 CASES: tuple[Case, ...] = tuple(case for family in _FAMILIES for case in family.cases())
