@@ -11,6 +11,7 @@ from fastflow.testing import (
     conv1x1,
     coupling,
     gaussian,
+    gru_ode,
     masked,
     mlp_coupling,
     ode,
@@ -37,6 +38,7 @@ _FAMILIES = (
     masked,
     sylvester,
     ode,
+    gru_ode,
 )
 
 CASES: tuple[Case, ...] = tuple(case for family in _FAMILIES for case in family.cases())
