@@ -256,6 +256,10 @@ class GRUODEBayes(nn.Module):
         parts = self.channels.log_prob(pre, observations.values), squared, torch.ones_like(squared)
         return Scores(*(observations.padded(torch.where(scored, part, 0).sum(1)).sum(1) for part in parts))
 
+    def metrics(self, x: Tensor | Observations) -> dict[str, Tensor]:
+        """The squared errors of :meth:`scores`, [B], for a training loop to report beside the likelihood."""
+        return {"MSE": self.scores(x).squared_error}
+
     def loss(self, x: Tensor | Observations, progress: float = 0.0) -> Tensor:
         """What is minimised, [B]: -log p before the jumps + mixing * the loss after them."""
         observations = self.observations(x)
