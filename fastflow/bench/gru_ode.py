@@ -29,7 +29,7 @@ def _make(batch: int, steps: int, seen: int, train: bool) -> Contenders:
     torch.manual_seed(0)
     model = GRUODEBayes(FEATURES, covariates=1, hidden=HIDDEN, step=STEP)
     data = _series(batch, steps, seen)
-    x, parameters = data.to_tensor(), list(model.parameters())
+    parameters = list(model.parameters())
 
     def gradient(function: Callable[[], Tensor]) -> Callable[[], tuple[Tensor, ...]]:
         def run() -> tuple[Tensor, ...]:
@@ -42,14 +42,14 @@ def _make(batch: int, steps: int, seen: int, train: bool) -> Contenders:
         return plain_gru_ode.run(model, data, 0.0, train)
 
     if train:
-        return {"fastflow": gradient(lambda: model.loss(x).sum()), "eager": gradient(lambda: plain(True).loss)}
+        return {"fastflow": gradient(lambda: model.loss(data).sum()), "eager": gradient(lambda: plain(True).loss)}
 
     @torch.no_grad()
     def filtered(function: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
         made = function()
         return made.pre, made.states
 
-    return {"fastflow": lambda: filtered(lambda: model.filter(x)), "eager": lambda: filtered(lambda: plain(False))}
+    return {"fastflow": lambda: filtered(lambda: model.filter(data)), "eager": lambda: filtered(lambda: plain(False))}
 
 
 def _row(batch: int, steps: int, seen: int, train: bool, **options) -> Row:
