@@ -6,7 +6,7 @@ De Brouwer et al., 2019, https://arxiv.org/abs/1905.12374. Streams of observatio
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -23,8 +23,8 @@ __all__ = ["PRESETS", "GRUODEBayes", "Scores"]
 
 PRESETS: dict[str, dict[str, Any]] = {
     # edebrouwer/gru_ode_bayes, the scripts of its experiments
-    "double-ou": {"features": 2, "covariates": 1, "step": 0.05, "horizon": 10.0},
-    "brusselator": {"features": 2, "covariates": 1, "step": 0.05, "horizon": 50.0},
+    "double-ou": {"features": 2, "covariates": 1, "covariates_hidden": 1, "step": 0.05, "horizon": 10.0},
+    "brusselator": {"features": 2, "covariates": 1, "covariates_hidden": 1, "step": 0.05, "horizon": 50.0},
     "climate": {"features": 5, "covariates": 1, "prep_hidden": 10, "step": 0.1, "horizon": 200.0, "dropout": 0.2},
 }
 
@@ -63,7 +63,7 @@ class GRUODEBayes(nn.Module):
         post_loss: "code", the first of the two, as published code has it, or "paper", the second.
         observation_std: :math:`\sigma_{obs}`; for binary channels the chance that an observation is wrong.
         binary: the channels that are 0 or 1, with Bernoulli predictions.
-        dropout: in the network p while training; not with impute.
+        dropout: in all of these networks but prep while training; not with impute.
         horizon: T, until which the final state goes on; None: it is that after the last observation.
         classes: of a classifier of the final state, :meth:`classify`; 0: none. classes_hidden: its hidden layer.
 
@@ -140,12 +140,16 @@ class GRUODEBayes(nn.Module):
             nn.Linear(hidden, p_hidden), nn.ReLU(), nn.Dropout(dropout), nn.Linear(p_hidden, 2 * features)
         )
         self.covariates_map = nn.Sequential(
-            nn.Linear(max(1, covariates), covariates_hidden), nn.ReLU(), nn.Linear(covariates_hidden, hidden), nn.Tanh()
+            nn.Linear(max(1, covariates), covariates_hidden),
+            nn.ReLU(),
+            nn.Dropout(dropout),
+            nn.Linear(covariates_hidden, hidden),
+            nn.Tanh(),
         )
         self.classifier = None
         if classes:
             self.classifier = nn.Sequential(
-                nn.Linear(hidden, classes_hidden), nn.ReLU(), nn.Linear(classes_hidden, classes)
+                nn.Linear(hidden, classes_hidden), nn.ReLU(), nn.Dropout(dropout), nn.Linear(classes_hidden, classes)
             )
         for layer in self.modules():
             if isinstance(layer, nn.Linear):
@@ -158,6 +162,30 @@ class GRUODEBayes(nn.Module):
         if name not in PRESETS:
             raise ValueError(f"preset: expected one of {', '.join(PRESETS)}, got {name!r}")
         return cls(**{**PRESETS[name], **changes})
+
+    def load_published(self, state: Mapping[str, Tensor]) -> None:
+        """Takes over what the published code saved: the ``state_dict`` of its ``NNFOwithBayesianJumps``."""
+        full, own = self.cell.kind == "full", {}
+        gates = [f"gru_c.lin_h{gate}.weight" for gate in ("rzh" if full else "zn")]
+        taken = {"cell.hidden_weight": gates}
+        if self.impute:
+            inputs = ("x",) if full else ("xz", "xn")
+            taken |= {f"cell.input_{kind}": [f"gru_c.lin_{x}.{kind}" for x in inputs] for kind in ("weight", "bias")}
+        networks = {"observe": "p_model", "covariates_map": "covariates_map", "classifier": "classification_model"}
+        for name in self.state_dict():
+            network, _, rest = name.partition(".")
+            if network in networks:
+                taken[name] = [f"{networks[network]}.{rest}"]
+            elif network == "jump":
+                published = (
+                    rest.replace("gru.", "gru_d.").replace("prep_weight", "w_prep").replace("prep_bias", "bias_prep")
+                )
+                taken[name] = [f"gru_obs.{published}"]
+        for name, parts in taken.items():
+            if missing := [part for part in parts if part not in state]:
+                raise ValueError(f"state: expected {missing[0]} for a {self.cell.kind} cell, got {', '.join(state)}")
+            own[name] = torch.cat([state[part] for part in parts])
+        self.load_state_dict(own)
 
     # --- the filter -----------------------------------------------------------------------------------
 
