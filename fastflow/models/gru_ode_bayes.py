@@ -189,11 +189,12 @@ class GRUODEBayes(nn.Module):
 
     # --- the filter -----------------------------------------------------------------------------------
 
-    def filter(self, x: Tensor | Observations) -> Filtered:
-        """(pre, post [N, 2D], state [B, H], states [N, H]): the predictions p(h) before and after every row, the state
-        at the horizon and those after every row. Rows are those of ``Observations``.
+    def filter(self, x: Tensor | Observations, to_horizon: bool = True) -> Filtered:
+        """(pre, post [N, 2D], state [B, H], states [N, H], steps): the predictions p(h) before and after every row, the
+        state at the horizon and those after every row, what the solver did. Rows are those of ``Observations``.
 
-        A row of which only targets are known is read and nothing jumps; one of which nothing is known jumps.
+        A row of which only targets are known is read and nothing jumps; one of which nothing is known jumps. Without
+        ``to_horizon`` the state is that after the last row.
         """
         observations = self.observations(x)
         seen = observations.masks == OBSERVED
@@ -202,7 +203,7 @@ class GRUODEBayes(nn.Module):
         before = F.pad(times, (1, 0))  # [N + 1]: of every row the time of the row before
         last = torch.where(offsets.diff() > 0, before[offsets[1:]], 0)
         previous = before.index_fill(0, offsets, 0)[:-1]  # a first row has none
-        schedule = self.schedule(offsets, previous, times, last, jumps, self.horizon)
+        schedule = self.schedule(offsets, previous, times, last, jumps, self.horizon if to_horizon else None)
         start = self.initial(observations.covariates)
         return self.integrate(start, schedule, observations.values, seen.to(start.dtype))
 
@@ -279,7 +280,7 @@ class GRUODEBayes(nn.Module):
         scored = observations.masks == TARGET
         if not (targets and bool(scored.any())):
             scored = observations.masks != 0
-        pre = self.filter(observations).pre
+        pre = self.filter(observations, to_horizon=False).pre
         squared = (self.channels.moments(pre)[0] - observations.values).square()
         parts = self.channels.log_prob(pre, observations.values), squared, torch.ones_like(squared)
         return Scores(*(observations.total(torch.where(scored, part, 0)) for part in parts))
@@ -292,7 +293,7 @@ class GRUODEBayes(nn.Module):
         """What is minimised, [B]: -log p before the jumps + mixing * the loss after them."""
         observations = self.observations(x)
         seen, scored = observations.masks == OBSERVED, observations.masks != 0
-        pre, post, *_ = self.filter(observations)
+        pre, post, *_ = self.filter(observations, to_horizon=False)
         cost = torch.where(scored, -self.channels.log_prob(pre, observations.values), 0)
         if self.mixing:
             after = self.channels.post_loss(pre, post, observations.values, self.post_loss)
@@ -338,7 +339,7 @@ class GRUODEBayes(nn.Module):
             merged(TARGET, observations.masks),
             observations.covariates,
         )
-        pre = self.filter(both).pre
+        pre = self.filter(both, to_horizon=False).pre
         pre = pre[torch.argsort(order)[: len(asked)]].view(b, t, 2 * d)
         return self.channels.moments(pre)
 
