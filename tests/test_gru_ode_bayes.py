@@ -257,6 +257,9 @@ def test_no_observations():
     assert model(data)[0] == 0 and model.loss(data)[0] == 0 and model(data)[1] != 0
     alone = Observations.from_lists([[]], [torch.zeros(0, 2)], covariates=[[1.0]])
     torch.testing.assert_close(model.filter(alone).state, model.filter(data).state[:1])
+    loss = model.loss(alone).sum()
+    loss.backward()  # a batch of them trains nothing, and breaks nothing
+    assert all(p.grad is None or not p.grad.any() for p in model.parameters())
     nothing = torch.zeros(0, 3, 6)
     assert model(nothing).shape == model.loss(nothing).shape == (0,)
     assert model.forecast(nothing, [1.0, 2.0])[0].shape == (0, 2, 2)
