@@ -26,6 +26,7 @@ FAMILIES = (  # one file of rows each
     "mlp_coupling",
     "wavenet",
     "ode",
+    "gru_ode",
 )
 CPU = ("reference",)
 GPU = ("triton", "eager graph")  # beside fastflow, eager and torch.compile

@@ -4,6 +4,7 @@ from fastflow.models.cnf import CNF, PlanarDynamics
 from fastflow.models.ffjord import FFJORD
 from fastflow.models.flow_vae import FlowVAE
 from fastflow.models.glow import Glow
+from fastflow.models.gru_ode_bayes import GRUODEBayes
 from fastflow.models.iaf import IAF, IAFlow
 from fastflow.models.iaf_vae import IAFVAE
 from fastflow.models.made import MADE, GaussianMADE
@@ -19,6 +20,7 @@ __all__ = [
     "CNF",
     "FFJORD",
     "FlowVAE",
+    "GRUODEBayes",
     "GaussianMADE",
     "Glow",
     "IAF",

@@ -20,6 +20,7 @@ from fastflow.nn.masked_conv import ConvAutoregressive, MaskedConv2d, WeightNorm
 from fastflow.nn.mlp_coupling import CouplingStack, MLPCoupling
 from fastflow.nn.moving_batch_norm import MovingBatchNorm
 from fastflow.nn.multi_scale import MultiScale
+from fastflow.nn.observations import Observations
 from fastflow.nn.permutation import Permutation
 from fastflow.nn.planar import Planar
 from fastflow.nn.radial import Radial
@@ -61,6 +62,7 @@ __all__ = [
     "MovingBatchNorm",
     "MultiScale",
     "NonFiniteError",
+    "Observations",
     "Permutation",
     "Planar",
     "Radial",
