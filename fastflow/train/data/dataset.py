@@ -46,6 +46,19 @@ class Dataset:
         """log p [B] in nats -> the cost [B] in `unit`."""
         return -log_prob
 
+    def weights(self, x: Tensor) -> Tensor | None:
+        """What each sample of `x` [B, ...] counts in the mean that a figure is, float64 [B], 1 on average over `train`;
+        None: all the same."""
+        return None
+
+    def hold_out(self, samples: Tensor) -> Tensor:
+        """Training samples as they are where they are held out."""
+        return samples
+
+    def keepsakes(self) -> dict[str, Tensor]:
+        """Tensors by name that go with a checkpoint, for what is drawn from it."""
+        return {}
+
     def describe(self) -> dict[str, Any]:
         """What a checkpoint remembers, as JSON: a resumed run must have the same, and samples are drawn from it."""
         return {
