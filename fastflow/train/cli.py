@@ -18,7 +18,8 @@ from .config import TrainConfig
 from .data import BUNDLED, NAMES, Dataset, load_data
 from .errors import MissingPackage, NonFiniteLoss, UserError
 from .figures import draw_curve
-from .loop import Result, final_figure, train
+from .loop import Result, final_figure, scores, train
+from .metrics import in_words
 from .parallel import choose_device, process_group, rank
 from .recipe import Recipe, build_model, find_recipe, load_model, model_config
 from .recipes import RECIPES
@@ -215,9 +216,13 @@ def _summarise(
     model, meta = load_model(out, device)
     naive = data.baseline()
     figure = final_figure(model, data, config)
+    more = scores(model, data, seed=config.seed, part=data.final[: config.final])
     part = "held-out" if data.test is None else "test"
     count = min(len(data.final), config.final or len(data.final))
-    print(f"step {result.step}: {figure:.4f} {data.unit} on {count} {part} samples ({naive[1]}: {naive[0]:.4f})")
+    print(
+        f"step {result.step}: {figure:.4f} {data.unit}{in_words(more)} on {count} {part} samples "
+        f"({naive[1]}: {naive[0]:.4f})"
+    )
     write_result(
         out,
         command=_command(args, recipe, data, model, config),
@@ -227,6 +232,7 @@ def _summarise(
         config=config,
         result=result,
         figure=(figure, f"{count} {part}"),
+        scores=more,
         unit=data.unit,
         naive=naive,
         published=recipe.published(model.config) if callable(recipe.published) else recipe.published,

@@ -22,7 +22,7 @@ from .config import TrainConfig
 from .data import Dataset
 from .errors import UserError
 from .interrupt import stop_on_signal
-from .metrics import append_metrics, truncate_metrics
+from .metrics import append_metrics, in_words, truncate_metrics
 from .parallel import rank, total, world, wrap
 from .progress import Progress
 from .state import State, average, copy_buffers, diverged, judge, restore, save, shuffled, start, training_batch
@@ -56,7 +56,8 @@ def train(
         model: `forward(x)` gives log p(x), or a lower bound of it, [B] in nats; `initialize(x)` takes the first
             batch; `config` has the arguments it was constructed from. It may have a loss of its own,
             `loss(x, progress)` in nats, [B] or its mean, with `progress` in [0, 1) the part of the run that is over
-            (for a warm-up); evaluations use `forward`.
+            (for a warm-up); evaluations use `forward`, or `evaluate(x)` [B] where the data are forecast. `scores(x)`,
+            if it has one, gives more figures by name, [B] each, such as squared errors: sums like the log-likelihood.
         data: from `load_data`.
         config: the settings; a resumed run may change only how long it goes on.
         out: a folder that receives `metrics.jsonl` and `checkpoint/`.
@@ -102,12 +103,12 @@ def train(
             bar.advance(len(pending), records[-1]["train"])
             pending.clear()
             if evaluating:
-                _evaluate(state, data, config)
-                records.append({"step": state.step, "epoch": records[-1]["epoch"], "held_out": state.held_out})
+                more = _evaluate(state, data, config)
+                records.append({"step": state.step, "epoch": records[-1]["epoch"], "held_out": state.held_out, **more})
                 bar.say(
                     f"step {state.step:6d}   epoch {state.step / per_epoch:6.2f}   "
                     f"train {records[-2]['train']:.3f}   "
-                    f"held-out {state.held_out:.3f} {data.unit}"
+                    f"held-out {state.held_out:.3f} {data.unit}{in_words(more)}"
                 )
             if rank() == 0:
                 append_metrics(out / "metrics.jsonl", records)
@@ -123,7 +124,6 @@ def train(
     return Result(state.step, state.held_out, stopped, state.seconds)
 
 
-@torch.no_grad()
 def evaluate(
     model: nn.Module,
     data: Dataset,
@@ -138,17 +138,18 @@ def evaluate(
     The same noise every time, so that two evaluations differ by the model alone. Under a process
     group every rank takes a share, and all return the result. `score` replaces the model's `forward`.
     """
-    device, training = next(model.parameters()).device, model.training
-    part, score = data.held_out if part is None else part, score or model
-    model.eval()
-    cost = torch.zeros((), dtype=torch.float64, device=device)
-    key = noise.key(seed, noise.HELD_OUT)
-    for number, index in enumerate(torch.arange(rank(), len(part), world()).split(batch_size)):
-        x = data.inputs(part[index].to(device), index.to(device), key)
-        with noise.own_generator(device, seed, noise.HELD_OUT, number, rank()):
-            cost += data.cost(score(x).double()).sum()
-    model.train(training)
-    return total(cost).item() / len(part)
+    score = score or model
+    return _means(model, data, lambda x: {"cost": data.cost(score(x).double())}, batch_size, seed, part)["cost"]
+
+
+def scores(
+    model: nn.Module, data: Dataset, *, batch_size: int = 256, seed: int = 0, part: Tensor | None = None
+) -> dict[str, float]:
+    """Means of the model's `scores(x)`, on the samples and over the same things as in `evaluate`; none for a model
+    without."""
+    if not hasattr(model, "scores"):
+        return {}
+    return _means(model, data, lambda x: {n: v.double() for n, v in model.scores(x).items()}, batch_size, seed, part)
 
 
 def final_figure(model: nn.Module, data: Dataset, config: TrainConfig) -> float:
@@ -156,6 +157,34 @@ def final_figure(model: nn.Module, data: Dataset, config: TrainConfig) -> float:
     such as an importance-sampled likelihood where `forward` is a bound."""
     part = data.final[: config.final]
     return evaluate(model, data, batch_size=100, seed=config.seed, part=part, score=getattr(model, "evaluate", None))
+
+
+@torch.no_grad()
+def _means(
+    model: nn.Module,
+    data: Dataset,
+    measure: Callable[[Tensor], dict[str, Tensor]],
+    batch_size: int,
+    seed: int,
+    part: Tensor | None,
+) -> dict[str, float]:
+    """Means over `part` of what `measure` gives for its samples, [B] by name: over samples, or what is in them."""
+    device, training = next(model.parameters()).device, model.training
+    part = data.held_out if part is None else part
+    model.eval()
+    sums: dict[str, Tensor] = {}
+    count = torch.zeros((), dtype=torch.float64, device=device)
+    key = noise.key(seed, noise.HELD_OUT)
+    for number, index in enumerate(torch.arange(rank(), len(part), world()).split(batch_size)):
+        x = data.inputs(part[index].to(device), index.to(device), key)
+        with noise.own_generator(device, seed, noise.HELD_OUT, number, rank()):
+            for name, value in measure(x).items():
+                sums[name] = sums.get(name, 0) + value.sum()
+        counts = data.counts(x)
+        count += len(x) if counts is None else counts.sum()
+    model.train(training)
+    count = total(count).item()
+    return {name: total(value).item() / count for name, value in sums.items()}
 
 
 def _due(step: int, every: int, steps: int) -> bool:
@@ -196,7 +225,7 @@ def _update(
         group["lr"] = lr
     with torch.autocast(x.device.type, torch.bfloat16, enabled=config.bf16):
         log_prob = objective(x, progress)
-    loss = data.cost(log_prob).mean()
+    loss = data.cost(log_prob).mean() / data.usual
     state.optimizer.zero_grad()
     loss.backward()
     norm = nn.utils.clip_grad_norm_(state.model.parameters(), config.clip or math.inf)
@@ -224,9 +253,14 @@ def _settle(
     return records, asks[0] > 0
 
 
-def _evaluate(state: State, data: Dataset, config: TrainConfig) -> None:
+def _evaluate(state: State, data: Dataset, config: TrainConfig) -> dict[str, float]:
+    """Takes the held-out figure; the model's further `scores`."""
     copy_buffers(state)
-    state.held_out = evaluate(state.ema, data, seed=config.seed)
-    if not math.isfinite(state.held_out):
-        raise diverged(f"held-out {data.unit} {state.held_out}", state)
+    score = getattr(state.ema, "evaluate", None) if data.forecasts else None
+    state.held_out = evaluate(state.ema, data, seed=config.seed, score=score)
+    more = scores(state.ema, data, seed=config.seed)
+    for name, value in {f"held-out {data.unit}": state.held_out, **more}.items():
+        if not math.isfinite(value):
+            raise diverged(f"{name} {value}", state)
     judge(state, config.patience)
+    return more

@@ -1,12 +1,12 @@
 """Metrics as JSON lines: one object a line, appended, cut back to the checkpoint on resume.
 
 A training step writes `{"step", "epoch", "train", "grad_norm", "lr"}`, an evaluation
-`{"step", "epoch", "held_out"}`; `train` and `held_out` are in the data's unit.
+`{"step", "epoch", "held_out"}` and the model's own scores by name; `train` and `held_out` are in the data's unit.
 """
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,3 +39,8 @@ def truncate_metrics(path: Path, step: int) -> None:
     draft.unlink(missing_ok=True)
     append_metrics(draft, kept)
     os.replace(draft, path)
+
+
+def in_words(scores: Mapping[str, float]) -> str:
+    """`, name value` for each score."""
+    return "".join(f", {name} {value:.4g}" for name, value in scores.items())

@@ -26,6 +26,10 @@ class Dataset:
     test: Tensor | None = field(default=None, kw_only=True)
 
     kind = "rows"
+    forecasts = False
+    """Whether held-out samples have targets, which a model's `evaluate` scores."""
+    usual = 1.0
+    """What `counts` gives for a training sample, on average."""
 
     @property
     def unit(self) -> str:
@@ -46,9 +50,8 @@ class Dataset:
         """log p [B] in nats -> the cost [B] in `unit`."""
         return -log_prob
 
-    def weights(self, x: Tensor) -> Tensor | None:
-        """What each sample of `x` [B, ...] counts in the mean that a figure is, float64 [B], 1 on average over `train`;
-        None: all the same."""
+    def counts(self, x: Tensor) -> Tensor | None:
+        """How many of what a figure is a mean over are in each of the samples `x` [B, ...], float64 [B]; None: one."""
         return None
 
     def hold_out(self, samples: Tensor) -> Tensor:

@@ -46,6 +46,7 @@ class Series(Dataset):
     std: Tensor | None = None
 
     kind = "series"
+    forecasts = True
 
     @property
     def unit(self) -> str:
@@ -62,19 +63,15 @@ class Series(Dataset):
         return self.train.shape[2] - 1 - 2 * self.features
 
     @cached_property
-    def observed(self) -> float:
-        """Observed values in a series, on average over those to train on."""
+    def usual(self) -> float:
         return observations(self.train, self.features).mean().item()
 
     def inputs(self, stored: Tensor, index: Tensor, key: int) -> Tensor:
         rows = torch.isfinite(stored[:, :, 0]).sum(1)
         return stored[:, : max(1, int(rows.max()) if len(rows) else 1)]  # what no series of the batch fills is cut off
 
-    def cost(self, log_prob: Tensor) -> Tensor:
-        return -log_prob / self.observed
-
-    def weights(self, x: Tensor) -> Tensor:
-        return observations(x, self.features) / self.observed
+    def counts(self, x: Tensor) -> Tensor:
+        return observations(x, self.features)
 
     def hold_out(self, samples: Tensor) -> Tensor:
         return samples if self.cut is None else with_targets(samples, self.features, self.cut, self.targets)
