@@ -12,7 +12,7 @@ from .metrics import read_metrics
 _GAP = 1  # pixels between samples
 
 
-def _figure(width: float, height: float):
+def new_figure(width: float, height: float):
     """A figure of its own, in inches: pyplot would keep it in a global list."""
     return need("matplotlib.figure", "matplotlib").Figure((width, height), layout="constrained")
 
@@ -23,7 +23,7 @@ def draw_samples(rows: Sequence[Tensor], temperatures: Sequence[float], levels: 
     `rows[i]` is uint8 [N, C, H, W] with values below `levels`, drawn at `temperatures[i]`.
     """
     n, _, height, width = rows[0].shape
-    figure = _figure(1 + 0.6 * n * width / max(height, width), 0.3 + 0.68 * len(rows) * height / max(height, width))
+    figure = new_figure(1 + 0.6 * n * width / max(height, width), 0.3 + 0.68 * len(rows) * height / max(height, width))
     axes = figure.subplots(len(rows), 1, squeeze=False)[:, 0]
     for axis, images, temperature in zip(axes, rows, temperatures, strict=True):
         axis.imshow(_strip(images, levels), interpolation="nearest")
@@ -51,7 +51,7 @@ def draw_points(
     low, high = (low - margin).tolist(), (high + margin).tolist()
     panels = len(drawn) + (model is not None)
     tall = min(3.0, max(0.3, (high[1] - low[1]) / (high[0] - low[0])))
-    figure = _figure(3 * panels, 0.6 + 3 * tall)
+    figure = new_figure(3 * panels, 0.6 + 3 * tall)
     axes = figure.subplots(1, panels, squeeze=False, sharex=True, sharey=True)[0]
     for axis, x, temperature in zip(axes, drawn, temperatures, strict=False):
         axis.scatter(*x.T.numpy(), s=1.5, lw=0, alpha=0.6)
@@ -88,7 +88,7 @@ def draw_curve(
     records = read_metrics(Path(metrics))
     train = [(r["step"], r["train"]) for r in records if "train" in r]
     held_out = [(r["step"], r["held_out"]) for r in records if "held_out" in r]
-    figure = _figure(6, 4)
+    figure = new_figure(6, 4)
     axis = figure.subplots()
     if train:
         axis.plot(*zip(*train, strict=True), lw=0.7, alpha=0.6, label="training batch")

@@ -56,8 +56,8 @@ def train(
         model: `forward(x)` gives log p(x), or a lower bound of it, [B] in nats; `initialize(x)` takes the first
             batch; `config` has the arguments it was constructed from. It may have a loss of its own,
             `loss(x, progress)` in nats, [B] or its mean, with `progress` in [0, 1) the part of the run that is over
-            (for a warm-up); evaluations use `forward`, or `evaluate(x)` [B] where the data are forecast. `scores(x)`,
-            if it has one, gives more figures by name, [B] each, such as squared errors: sums like the log-likelihood.
+            (for a warm-up); evaluations use `forward`, or `evaluate(x)` [B] where the data are forecast. `metrics(x)`,
+            if it has them, are more figures by name, [B] each, such as squared errors: sums like the log-likelihood.
         data: from `load_data`.
         config: the settings; a resumed run may change only how long it goes on.
         out: a folder that receives `metrics.jsonl` and `checkpoint/`.
@@ -142,14 +142,14 @@ def evaluate(
     return _means(model, data, lambda x: {"cost": data.cost(score(x).double())}, batch_size, seed, part)["cost"]
 
 
-def scores(
+def own_metrics(
     model: nn.Module, data: Dataset, *, batch_size: int = 256, seed: int = 0, part: Tensor | None = None
 ) -> dict[str, float]:
-    """Means of the model's `scores(x)`, on the samples and over the same things as in `evaluate`; none for a model
+    """Means of the model's `metrics(x)`, on the samples and over the same things as in `evaluate`; none for a model
     without."""
-    if not hasattr(model, "scores"):
+    if not hasattr(model, "metrics"):
         return {}
-    return _means(model, data, lambda x: {n: v.double() for n, v in model.scores(x).items()}, batch_size, seed, part)
+    return _means(model, data, lambda x: {n: v.double() for n, v in model.metrics(x).items()}, batch_size, seed, part)
 
 
 def final_figure(model: nn.Module, data: Dataset, config: TrainConfig) -> float:
@@ -254,11 +254,11 @@ def _settle(
 
 
 def _evaluate(state: State, data: Dataset, config: TrainConfig) -> dict[str, float]:
-    """Takes the held-out figure; the model's further `scores`."""
+    """Takes the held-out figure; the model's own `metrics`."""
     copy_buffers(state)
     score = getattr(state.ema, "evaluate", None) if data.forecasts else None
     state.held_out = evaluate(state.ema, data, seed=config.seed, score=score)
-    more = scores(state.ema, data, seed=config.seed)
+    more = own_metrics(state.ema, data, seed=config.seed)
     for name, value in {f"held-out {data.unit}": state.held_out, **more}.items():
         if not math.isfinite(value):
             raise diverged(f"{name} {value}", state)

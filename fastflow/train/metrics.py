@@ -1,7 +1,7 @@
 """Metrics as JSON lines: one object a line, appended, cut back to the checkpoint on resume.
 
 A training step writes `{"step", "epoch", "train", "grad_norm", "lr"}`, an evaluation
-`{"step", "epoch", "held_out"}` and the model's own scores by name; `train` and `held_out` are in the data's unit.
+`{"step", "epoch", "held_out"}` and the model's own by name; `train` and `held_out` are in the data's unit.
 """
 
 import json
@@ -41,6 +41,6 @@ def truncate_metrics(path: Path, step: int) -> None:
     os.replace(draft, path)
 
 
-def in_words(scores: Mapping[str, float]) -> str:
-    """`, name value` for each score."""
-    return "".join(f", {name} {value:.4g}" for name, value in scores.items())
+def in_words(figures: Mapping[str, float]) -> str:
+    """`, name value` for each."""
+    return "".join(f", {name} {value:.4g}" for name, value in figures.items())

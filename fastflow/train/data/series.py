@@ -15,7 +15,9 @@ from fastflow.errors import UserError, need
 from .dataset import Dataset, whole
 from .rows import read_text
 
-_EXAMPLES = 4  # held-out series that a checkpoint keeps, to draw forecasts of
+# what a checkpoint keeps of the held-out series:
+_EXAMPLES = 8  # series to draw forecasts of
+_COVARIATES = 256  # covariates to draw new series with
 
 
 @dataclass(frozen=True)
@@ -67,8 +69,7 @@ class Series(Dataset):
         return observations(self.train, self.features).mean().item()
 
     def inputs(self, stored: Tensor, index: Tensor, key: int) -> Tensor:
-        rows = torch.isfinite(stored[:, :, 0]).sum(1)
-        return stored[:, : max(1, int(rows.max()) if len(rows) else 1)]  # what no series of the batch fills is cut off
+        return trimmed(stored)
 
     def counts(self, x: Tensor) -> Tensor:
         return observations(x, self.features)
@@ -82,7 +83,11 @@ class Series(Dataset):
         return super().describe() | {"channels": list(self.channels)} | protocol | scale
 
     def keepsakes(self) -> dict[str, Tensor]:
-        return {"examples": self.inputs(self.final[:_EXAMPLES], torch.arange(_EXAMPLES), 0)}
+        covariates = split(self.final, self.features)[3]
+        return {
+            "examples": trimmed(self.final[:_EXAMPLES]),
+            "covariates": covariates[:_COVARIATES, 0],  # the same in every row
+        }
 
     def baseline(self) -> tuple[float, str]:
         nats, mse = mean_predictor(self.train, self.final, self.features)
@@ -95,29 +100,39 @@ def split(x: Tensor, features: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return x[..., 0], values, masks, covariates
 
 
+def scored(masks: Tensor) -> Tensor:
+    """The values that figures are taken over, bool like `masks`: targets, or all that were observed where there are
+    none."""
+    targets = masks == 2
+    return targets if targets.any() else masks == 1
+
+
 def observations(x: Tensor, features: int) -> Tensor:
-    """How many values of each series a figure counts, float64 [N]: its targets, or all observed values if it has no
-    target."""
-    masks = split(x, features)[2]
-    targets, seen = ((masks == kind).sum((1, 2)) for kind in (2, 1))
-    return torch.where(targets > 0, targets, seen).double()
+    """How many values of each series figures are taken over, float64 [N]."""
+    return scored(split(x, features)[2]).sum((1, 2)).double()
 
 
 def with_targets(x: Tensor, features: int, cut: float, most: int | None = None) -> Tensor:
     """The series as held out: what follows `cut` becomes targets, in at most `most` rows, and the rest is left out.
 
-    Series with nothing before `cut` or nothing after it are left out.
+    Series without a value before `cut` or without one that is a target are left out.
     """
-    after, real = x[:, :, 0] > cut, torch.isfinite(x[:, :, 0])
-    after = after & real
+    times = x[:, :, 0]
+    after = (times > cut) & torch.isfinite(times)
     late = after & (after.cumsum(1) > (x.shape[1] if most is None else most))
     x = x.clone()
-    masks = split(x, features)[2]
-    masks.mul_(torch.where(after, 2.0, 1.0)[:, :, None])
     x[late] = 0.0
     x[:, :, 0][late] = torch.inf
-    keep = (real & ~after).any(1) & after.any(1)
-    return x[keep][:, : max(1, int(torch.isfinite(x[keep][:, :, 0]).sum(1).max()))] if keep.any() else x[:0, :1]
+    masks = split(x, features)[2]
+    masks.mul_(torch.where(after, 2.0, 1.0)[:, :, None])
+    x = x[(masks == 1).any(2).any(1) & (masks == 2).any(2).any(1)]
+    return trimmed(x)
+
+
+def trimmed(x: Tensor) -> Tensor:
+    """Without the rows at the end that no series of `x` has, but for one."""
+    longest = torch.isfinite(x[:, :, 0]).sum(1).amax().item() if len(x) else 0
+    return x[:, : max(1, longest)]
 
 
 def mean_predictor(train: Tensor, held_out: Tensor, features: int) -> tuple[float, float]:
@@ -128,11 +143,10 @@ def mean_predictor(train: Tensor, held_out: Tensor, features: int) -> tuple[floa
     mean = (values * masks).sum((0, 1)) / count
     variance = (((values - mean) * masks) ** 2).sum((0, 1)) / count
     _, values, masks, _ = (part.double() for part in split(held_out, features))
-    has_targets = (masks == 2).any(2).any(1)[:, None, None]
-    scored = torch.where(has_targets, masks == 2, masks == 1)
+    chosen = scored(masks)
     error = (values - mean) ** 2
     nats = 0.5 * (error / variance + variance.log() + torch.log(torch.tensor(2 * torch.pi)))
-    return tuple((x * scored).sum().item() / max(1, scored.sum().item()) for x in (nats.nan_to_num(), error))
+    return tuple((x * chosen).sum().item() / max(1, chosen.sum().item()) for x in (nats.nan_to_num(), error))
 
 
 def pad(series: Any, n: int, times: Any, values: Any, masks: Any, covariates: Any) -> Tensor:
