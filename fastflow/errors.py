@@ -15,6 +15,10 @@ class MissingPackage(UserError, ImportError):
     """An optional package that this step needs is not installed."""
 
 
+class SolverError(RuntimeError):
+    """An integration that cannot go on: where it stopped, and the first sample that is to blame."""
+
+
 def need(module: str, package: str) -> ModuleType:
     """Imports an optional `module` of the extra `train`; raises `MissingPackage` naming the `package`."""
     try:

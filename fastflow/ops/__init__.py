@@ -8,6 +8,7 @@ from fastflow.ops.conv1x1_weights import dense_weights, lu_weights
 from fastflow.ops.coupling import additive_coupling, affine_coupling
 from fastflow.ops.gaussian import gaussian_log_prob, gaussian_sample
 from fastflow.ops.gaussian_kl import gaussian_kl
+from fastflow.ops.gru_ode import gru_ode_filter
 from fastflow.ops.masked import masked_linear, masked_mlp
 from fastflow.ops.mlp_coupling import mlp_coupling
 from fastflow.ops.mlp_stack import ActNormStep, CouplingStep, MLPStack, PermutationStep
@@ -42,6 +43,7 @@ __all__ = [
     "gaussian_kl",
     "gaussian_log_prob",
     "gaussian_sample",
+    "gru_ode_filter",
     "hutchinson",
     "lu_weights",
     "mlp_coupling",
