@@ -245,12 +245,12 @@ def write_mat(path, name, array):
     path.write_bytes(b"MATLAB 5.0".ljust(124) + struct.pack("<H", 0x100) + b"IM" + matrix)
 
 
-def write_series(path, series=20, seed=0):
-    """Two channels at 3 to 9 of the times 0, 0.25, ... of [0, 6], in random order, with a covariate."""
+def write_series(path, series=20, step=0.25, seed=0):
+    """Two channels at 3 to 9 of 25 times, in random order, with a covariate."""
     g, lines = np.random.default_rng(seed), ["ID,Time,Value_a,Value_b,Mask_a,Mask_b,Cov"]
     for i in range(series):
         masks = [(1, 0), (0, 1), (1, 1)]
-        for k, time in enumerate(g.permutation(25)[: g.integers(3, 10)] / 4):
+        for k, time in enumerate(g.permutation(25)[: g.integers(3, 10)] * step):
             (a, b), (x, y) = masks[(i + k) % 3], g.normal(size=2)
             lines.append(f"{i}.0,{time},{a * x},{b * y},{a},{b},{i % 2}")
     path.write_text("\n".join(lines) + "\n")
@@ -305,7 +305,7 @@ def files(name, folder):
             np.savez(folder / f"{part}.npz", x=np.random.default_rng(0).normal(size=(40, 6)))
         return folder
     elif name == "series":
-        write_series(path)
+        write_series(path, 40, step=2.0)
     elif name == "physionet2012":
         write_stays(path)
     elif name == "patches":

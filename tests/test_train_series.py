@@ -1,16 +1,23 @@
 """Series as data: files, generators, what is held out; then learning them, and forecasts as pictures and tables."""
 
 import gzip
+import json
 import math
+import signal
+import subprocess
 
 import numpy as np
 import pytest
 import torch
-from standins import write_series, write_stays
+from standins import command, environment, run, sample_command, worker, write_series, write_stays
 
 from fastflow.nn.observations import Observations
-from fastflow.train import Series, UserError, load_data
+from fastflow.train import Series, UserError, evaluate, load_data, load_model, loop, record
+from fastflow.train.checkpoint import load_checkpoint
 from fastflow.train.data import series as module
+from fastflow.train.metrics import read_metrics
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 HEAD = "ID,Time,Value_a,Value_b,Mask_a,Mask_b,Cov"
 GOOD = ["p,3.5,1,2,1,1,5", "q,0,0,-1,0,1,6", "p,0.5,3,nan,1,0,5", "q,4,1,1,1,1,6", "q,2,1,,1,0,6".replace(",,", ",0,")]
@@ -243,3 +250,120 @@ def test_bad_stays(tmp_path):
     refuses("outliers: expected a fraction", "physionet2012", tmp_path / "set.csv", outliers=0.7)
     (tmp_path / "empty").mkdir()
     refuses(r"expected one file set\*.csv or set\*.csv.gz, got none", "physionet2012", tmp_path / "empty")
+
+
+# --- learning them ----------------------------------------------------------------------------
+
+
+class Constant(torch.nn.Module):
+    """The same normal distribution for every value of a channel, whatever came before."""
+
+    def __init__(self, features):
+        super().__init__()
+        self.config = {"features": features}
+        self.mean, self.log_std = (torch.nn.Parameter(torch.zeros(features)) for _ in range(2))
+
+    def initialize(self, batch):
+        pass
+
+    def terms(self, x, targets):
+        _, values, masks, _ = module.split(x, len(self.mean))
+        squared = (values - self.mean) ** 2
+        nats = 0.5 * squared * torch.exp(-2 * self.log_std) + self.log_std + 0.5 * math.log(2 * math.pi)
+        chosen = module.scored(masks) if targets else masks > 0
+        return (-(nats * chosen).sum((1, 2)), (squared * chosen).sum((1, 2)))
+
+    def forward(self, x, context=None):
+        return self.terms(x, False)[0]
+
+    def evaluate(self, x):
+        return self.terms(x, True)[0]
+
+    def metrics(self, x):
+        return {"MSE": self.terms(x, True)[1]}
+
+
+def test_figures_are_means_over_observed_values(tmp_path):
+    """A model that is the baseline has the baseline's figures; its loss is the likelihood's mean over values."""
+    data = load_data("double-ou", series=300)
+    _, values, masks, _ = fields(data.train)
+    seen = [values[..., k][masks[..., k] == 1] for k in range(2)]
+    model = Constant(2)
+    model.mean.data, model.log_std.data = (
+        torch.stack([f(s) for s in seen]) for f in (torch.mean, lambda s: s.std(correction=0).log())
+    )
+    nats, name = data.baseline()
+    assert evaluate(model, data, score=model.evaluate) == pytest.approx(nats, rel=1e-5)
+    assert f"MSE {loop.own_metrics(model, data)['MSE']:.4g}" in name
+    assert evaluate(model, data, part=data.train) == pytest.approx(
+        -model(data.train).sum().item() / sum(map(len, seen)), rel=1e-5
+    )
+    model, result = run(data, tmp_path / "run", 12, model=lambda: Constant(2), batch_size=60)
+    records = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    held_out = [r for r in records if "held_out" in r]
+    assert len(held_out) == 3 and all(r["MSE"] > 0 for r in held_out)
+    four = [r["train"] for r in records if "train" in r][:4]  # an epoch: the parameters hardly move
+    assert np.mean(four) == pytest.approx(evaluate(Constant(2), data, part=data.train), rel=0.02)
+    averaged = Constant(2)
+    tensors = load_checkpoint(tmp_path / "run" / "checkpoint")[1]
+    averaged.load_state_dict({name: tensors[f"ema/{name}"] for name in ("mean", "log_std")})
+    assert result.held_out == pytest.approx(evaluate(averaged, data, score=averaged.evaluate), rel=1e-5)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run of GRU-ODE-Bayes from the command line, and its folder."""
+    out = tmp_path_factory.mktemp("series") / "run"
+    write_series(out.parent / "s.csv", 60)
+    arguments = ("--root", out.parent / "s.csv", "--load", "cut=3", "--load", "targets=2", "--load", "standardize=true")
+    changes = ("--set", "hidden=6", "--set", "p_hidden=4", "--set", "prep_hidden=3", "--set", "step=0.25")
+    run = ("gru_ode_bayes", "--data", "series", "--published", *arguments, *changes, "--batch-size", 16)
+    assert command(*run, "--steps", 5, "--out", out) == 0
+    return run, out
+
+
+def test_a_run_from_the_command_line(trained, tmp_path, capsys):
+    run, out = trained
+    assert (out / "forecast.png").read_bytes().startswith(b"\x89PNG")
+    result = json.loads((out / "result.json").read_text())
+    assert result["unit"] == "nats/observation" and result["metrics"]["MSE"] > 0 and "MSE" in result["naive"]["what"]
+    assert "nats/observation, MSE " in record.table([result])
+    model, meta = load_model(out)
+    data = load_data("series", out.parent / "s.csv", cut=3, targets=2, standardize=True)
+    assert evaluate(model, data, score=model.evaluate) == pytest.approx(result["held_out"]["value"], rel=1e-5)
+    assert torch.equal(meta["data"]["examples"], data.examples) and len(data.examples) == 8
+    # stopped and gone on, bit for bit
+    assert command(*run, "--steps", 2, "--out", tmp_path / "again") == 0
+    assert command(*run, "--steps", 5, "--out", tmp_path / "again", "--resume") == 0
+    want, have = (load_checkpoint(folder / "checkpoint")[1] for folder in (out, tmp_path / "again"))
+    assert want.keys() == have.keys() and all(torch.equal(want[name], have[name]) for name in want)
+    with pytest.raises(UserError, match="the data are .*'targets': 1"):
+        command(*run, "--load", "targets=1", "--steps", 6, "--out", out, "--resume")
+
+
+def test_forecasts_and_samples(trained, tmp_path, capsys):
+    _, out = trained
+    assert sample_command(out, "--out", tmp_path / "f.png", "--n", 2) == 0
+    assert "forecasts of 2 held-out series" in capsys.readouterr().out
+    assert (tmp_path / "f.png").read_bytes().startswith(b"\x89PNG")
+    assert sample_command(out, "--out", tmp_path / "s.csv", "--n", 3, "--temperature", 0, 1) == 0
+    data = load_data("series", tmp_path / "s.csv")  # what is written can be read
+    assert len(data.train) + len(data.held_out) == 6 and data.channels == ("a", "b") and data.covariates == 1
+    assert fields(data.train)[2].all()
+    with pytest.raises(UserError, match="expected a name that ends in .png or .csv"):
+        sample_command(out, "--out", tmp_path / "s.npz")
+
+
+def test_a_signal_leaves_a_filter_that_goes_on(trained):
+    run, out = trained
+    folder = out.parent / "stopped"
+    arguments = [*run, "--out", folder]
+    with subprocess.Popen(
+        worker(*arguments, "--steps", 10**6, "--eval-every", 2), env=environment(), stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert "held-out" in process.stdout.readline()
+        process.send_signal(signal.SIGINT)
+        said = process.stdout.read()
+        assert process.wait(60) == 130 and "stopped after step" in said
+    step = load_checkpoint(folder / "checkpoint")[0]["step"]
+    assert command(*arguments, "--resume", "--steps", step + 1) == 0

@@ -256,6 +256,11 @@ class GRUODEBayes(nn.Module):
         parts = self.channels.log_prob(pre, observations.values), squared, torch.ones_like(squared)
         return Scores(*(observations.padded(torch.where(scored, part, 0).sum(1)).sum(1) for part in parts))
 
+    def metrics(self, x: Tensor | Observations) -> dict[str, Tensor]:
+        """What a training run reports beside the likelihood, [B] each: the squared errors of what :meth:`evaluate`
+        scores."""
+        return {"MSE": self.scores(x).squared_error}
+
     def loss(self, x: Tensor | Observations, progress: float = 0.0) -> Tensor:
         """What is minimised, [B]: -log p before the jumps + mixing * the loss after them."""
         observations = self.observations(x)

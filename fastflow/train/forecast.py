@@ -12,7 +12,7 @@ from .data.series import split
 from .errors import UserError
 from .figures import new_figure
 
-_CHANNELS = 6  # columns of the picture
+_CHANNELS = 4  # columns of the picture
 _GRID = 300  # points of a band
 
 
@@ -36,7 +36,7 @@ def draw_forecasts(model: nn.Module, description: dict[str, Any], path: str | Pa
     """Writes a PNG: a row for each of the first `n` series that the checkpoint keeps, a column for each channel.
 
     A band is the predicted mean and two standard deviations around it at that time, given what was observed before:
-    dots, up to the dashed line. Circles are targets, which the model never sees. Of many channels those are drawn that
+    dots, up to the dashed line. Circles are held out: the model never sees them. Of many channels those are drawn that
     were observed most often.
     """
     examples = description["examples"][:n]
@@ -56,7 +56,7 @@ def draw_forecasts(model: nn.Module, description: dict[str, Any], path: str | Pa
             low, high = (mean[b, :, d] + sign * 2 * std[b, :, d] for sign in (-1, 1))
             axis.fill_between(times, low, high, alpha=0.25, lw=0, label="mean ± 2 std, given the past")
             axis.plot(times, mean[b, :, d], lw=1)
-            for mask, style, label in ((1, "k.", "observed"), (2, "ro", "target, held out")):
+            for mask, style, label in ((1, "k.", "observed"), (2, "ro", "held out")):
                 chosen = masks[b, :, d] == mask
                 axis.plot(
                     examples[b, chosen, 0],
@@ -70,7 +70,8 @@ def draw_forecasts(model: nn.Module, description: dict[str, Any], path: str | Pa
                 axis.axvline(description["cut"], ls="--", color="black", lw=0.8)
             axis.margins(x=0.01)
     for axis, d in zip(axes[0], columns, strict=True):
-        axis.set_title(description["channels"][d])
+        name = description["channels"][d]
+        axis.set_title(f"value {name}" if name.isdigit() else name)
     for axis in axes[-1]:
         axis.set_xlabel(description["time"])
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False)

@@ -37,6 +37,7 @@ class Series(Dataset):
         cut, targets: as above.
         time: what time is measured in.
         mean, std: of the channels, [D] each, where values were standardised; nats are those of standardised values.
+        examples: held-out series with everything after `cut` as targets, to draw forecasts of.
     """
 
     channels: tuple[str, ...]
@@ -46,6 +47,7 @@ class Series(Dataset):
     time: str = "time"
     mean: Tensor | None = None
     std: Tensor | None = None
+    examples: Tensor | None = None
 
     kind = "series"
     forecasts = True
@@ -84,8 +86,9 @@ class Series(Dataset):
 
     def keepsakes(self) -> dict[str, Tensor]:
         covariates = split(self.final, self.features)[3]
+        examples = self.final if self.examples is None else self.examples
         return {
-            "examples": trimmed(self.final[:_EXAMPLES]),
+            "examples": trimmed(examples[:_EXAMPLES]),
             "covariates": covariates[:_COVARIATES, 0],  # the same in every row
         }
 
@@ -200,7 +203,8 @@ def divide(
     data = Series(
         name, train, held_out, channels=tuple(channels), horizon=horizon, cut=cut, targets=targets, time=time, **scale
     )
-    data = replace(data, held_out=data.hold_out(held_out))
+    examples = held_out if cut is None else with_targets(held_out, data.features, cut)[:_EXAMPLES]
+    data = replace(data, held_out=data.hold_out(held_out), examples=examples)
     if not len(data.held_out) or not observations(data.held_out, data.features).sum():
         raise UserError(f"cut: expected held-out series of {name} with values before and after {cut}, got none")
     return data
