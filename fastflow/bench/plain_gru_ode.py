@@ -72,8 +72,8 @@ def losses(model: GRUODEBayes, pre: Tensor, post: Tensor, x: Tensor, m: Tensor) 
     return (m * (first + model.mixing * second)).sum()
 
 
-def run(model: GRUODEBayes, observations: Observations, horizon: float) -> Path:
-    """The model's filter over all series, for Gaussian channels and the loss of the published code."""
+def run(model: GRUODEBayes, observations: Observations, horizon: float, train: bool = True) -> Path:
+    """The model's filter over all series, for Gaussian channels; ``train``: with the loss of the published code."""
     order = torch.argsort(observations.times, stable=True)
     times, ends = torch.unique_consecutive(observations.times[order], return_counts=True)
     rows, series = order.split(ends.tolist()), observations.series
@@ -90,7 +90,8 @@ def run(model: GRUODEBayes, observations: Observations, horizon: float) -> Path:
         states.append(after)
         h = h.index_put((b,), after)
         p = model.observe(h)
-        loss = loss + losses(model, pre[-1], p[b], x, m)
+        if train:
+            loss = loss + losses(model, pre[-1], p[b], x, m)
     while now < horizon:
         h, p = step(model, h, p, model.step)
         now += model.step

@@ -171,9 +171,9 @@ class GRUODEBayes(nn.Module):
         seen = observations.masks == OBSERVED
         jumps = seen.any(1) | ~(observations.masks == TARGET).any(1)
         offsets, times = observations.offsets, observations.times
-        before = torch.cat((times.new_zeros(1), times))  # [N + 1]: of every row the time of the row before
-        previous = torch.where(observations.positions == 0, 0, before[:-1])
+        before = F.pad(times, (1, 0))  # [N + 1]: of every row the time of the row before
         last = torch.where(offsets.diff() > 0, before[offsets[1:]], 0)
+        previous = before.index_fill(0, offsets, 0)[:-1]  # a first row has none
         schedule = self.schedule(offsets, previous, times, last, jumps, self.horizon)
         start = self.initial(observations.covariates)
         return self.integrate(start, schedule, observations.values, seen.to(start.dtype))
@@ -254,7 +254,11 @@ class GRUODEBayes(nn.Module):
         pre = self.filter(observations).pre
         squared = (self.channels.moments(pre)[0] - observations.values).square()
         parts = self.channels.log_prob(pre, observations.values), squared, torch.ones_like(squared)
-        return Scores(*(observations.padded(torch.where(scored, part, 0).sum(1)).sum(1) for part in parts))
+        return Scores(*(observations.total(torch.where(scored, part, 0)) for part in parts))
+
+    def metrics(self, x: Tensor | Observations) -> dict[str, Tensor]:
+        """The squared errors of :meth:`scores`, [B], for a training loop to report beside the likelihood."""
+        return {"MSE": self.scores(x).squared_error}
 
     def metrics(self, x: Tensor | Observations) -> dict[str, Tensor]:
         """What a training run reports beside the likelihood, [B] each: the squared errors of what :meth:`evaluate`
@@ -270,7 +274,7 @@ class GRUODEBayes(nn.Module):
         if self.mixing:
             after = self.channels.post_loss(pre, post, observations.values, self.post_loss)
             cost = cost + self.mixing * torch.where(seen, after, 0)
-        return observations.padded(cost.sum(1)).sum(1)
+        return observations.total(cost)
 
     def classify(self, x: Tensor | Observations) -> Tensor:
         """Logits [B, classes] from the state at the horizon; a cross entropy of them can be added to :meth:`loss`."""

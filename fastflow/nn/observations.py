@@ -157,11 +157,9 @@ class Observations(NamedTuple):
         x[series, self.positions] = torch.cat(rows, 1)
         return x
 
-    def padded(self, rows: Tensor) -> Tensor:
-        """[B, L, ...] of something [N, ...] that belongs to the rows, zeros where a series has ended."""
-        longest = int(self.offsets.diff().max()) if self.batch else 0
-        out = rows.new_zeros(self.batch, longest, *rows.shape[1:])
-        return out.index_put((self.series, self.positions), rows)
+    def total(self, rows: Tensor) -> Tensor:
+        """[B]: of something [N, D] that belongs to the rows the sum over those of every series and over D."""
+        return rows.new_zeros(self.batch).index_add(0, self.series, rows.sum(1))
 
     def to(self, *args: Any, **kwargs: Any) -> Observations:
         """On another device or in another dtype; offsets and times keep theirs."""
