@@ -11,8 +11,9 @@ import pytest
 import torch
 from standins import command, environment, run, sample_command, worker, write_series, write_stays
 
+from fastflow.errors import SolverError
 from fastflow.nn.observations import Observations
-from fastflow.train import Series, UserError, evaluate, load_data, load_model, loop, record
+from fastflow.train import NonFiniteLoss, Series, UserError, evaluate, load_data, load_model, loop, record
 from fastflow.train.checkpoint import load_checkpoint
 from fastflow.train.data import series as module
 from fastflow.train.metrics import read_metrics
@@ -367,3 +368,24 @@ def test_a_signal_leaves_a_filter_that_goes_on(trained):
         assert process.wait(60) == 130 and "stopped after step" in said
     step = load_checkpoint(folder / "checkpoint")[0]["step"]
     assert command(*arguments, "--resume", "--steps", step + 1) == 0
+
+
+class Continuous(Constant):
+    """With a solver that tells what it did, and fails in its fifth step."""
+
+    evaluations = 0
+
+    def forward(self, x, context=None):
+        self.evaluations += 1
+        if self.training and self.evaluations > 4:
+            raise SolverError("the state is not finite at time 0.5, sample 3")
+        return super().forward(x)
+
+
+def test_a_solver_that_fails_ends_the_run_in_one_line(tmp_path):
+    data = load_data("double-ou", series=300)
+    with pytest.raises(NonFiniteLoss, match="not finite at time 0.5, sample 3 at step 5, .* of step 4 is kept"):
+        run(data, tmp_path / "run", 12, model=lambda: Continuous(2), batch_size=60)
+    records = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert [r["evaluations"] for r in records if "evaluations" in r] == [4]
+    assert load_checkpoint(tmp_path / "run" / "checkpoint")[0]["step"] == 4

@@ -260,11 +260,6 @@ class GRUODEBayes(nn.Module):
         """The squared errors of :meth:`scores`, [B], for a training loop to report beside the likelihood."""
         return {"MSE": self.scores(x).squared_error}
 
-    def metrics(self, x: Tensor | Observations) -> dict[str, Tensor]:
-        """What a training run reports beside the likelihood, [B] each: the squared errors of what :meth:`evaluate`
-        scores."""
-        return {"MSE": self.scores(x).squared_error}
-
     def loss(self, x: Tensor | Observations, progress: float = 0.0) -> Tensor:
         """What is minimised, [B]: -log p before the jumps + mixing * the loss after them."""
         observations = self.observations(x)

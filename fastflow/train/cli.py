@@ -16,7 +16,7 @@ from torch import nn
 from .checkpoint import has_checkpoint, load_checkpoint
 from .config import TrainConfig
 from .data import BUNDLED, NAMES, Dataset, load_data
-from .errors import MissingPackage, NonFiniteLoss, UserError
+from .errors import MissingPackage, NonFiniteLoss, SolverError, UserError
 from .figures import draw_curve
 from .loop import Result, final_figure, own_metrics, train
 from .metrics import in_words
@@ -282,5 +282,5 @@ def _one_line() -> Iterator[None]:
         yield
     except UserError:
         raise
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SolverError) as error:
         raise UserError(" ".join(str(error).split())) from error

@@ -8,7 +8,8 @@ that one process would see.
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from . import noise
 from .config import TrainConfig
 from .data import Dataset
-from .errors import UserError
+from .errors import SolverError, UserError
 from .interrupt import stop_on_signal
 from .metrics import append_metrics, in_words, truncate_metrics
 from .parallel import rank, total, world, wrap
@@ -58,6 +59,7 @@ def train(
             `loss(x, progress)` in nats, [B] or its mean, with `progress` in [0, 1) the part of the run that is over
             (for a warm-up); evaluations use `forward`, or `evaluate(x)` [B] where the data are forecast. `metrics(x)`,
             if it has them, are more figures by name, [B] each, such as squared errors: sums like the log-likelihood.
+            `evaluations`, if it has it, is how often the last call evaluated its dynamics, and goes to the metrics.
         data: from `load_data`.
         config: the settings; a resumed run may change only how long it goes on.
         out: a folder that receives `metrics.jsonl` and `checkpoint/`.
@@ -68,8 +70,8 @@ def train(
     finish the current step and write a checkpoint.
 
     Raises `NonFiniteLoss` naming step and learning rate when the loss, the norm of the gradient, a
-    held-out figure or what would go into a checkpoint is not finite, `UserError` when settings,
-    data, folder and checkpoint do not fit together.
+    held-out figure or what would go into a checkpoint is not finite, or when a differential equation cannot
+    be solved; `UserError` when settings, data, folder and checkpoint do not fit together.
     """
     out = Path(out)
     if config.batch_size % world():
@@ -92,7 +94,8 @@ def train(
             x = _next_batch(data, config, state.step, per_epoch, device)
             torch.manual_seed(noise.key(config.seed, noise.STEP, state.step, rank()))
             lr = config.lr_at(state.step, steps, per_epoch)
-            pending.append((lr, *_update(objective, state, x, state.step / steps, data, config, lr)))
+            with _solved(state, state.step + 1, lr):
+                pending.append((lr, *_update(objective, state, x, state.step / steps, data, config, lr)))
             state.step += 1
             evaluating = _due(state.step, config.eval_every or per_epoch, steps)
             saving = _due(state.step, config.checkpoint_every or per_epoch, steps)
@@ -100,14 +103,18 @@ def train(
             if not (evaluating or saving or alone or state.step % _SETTLE_EVERY == 0):
                 continue
             records, stopped = _settle(pending, state, per_epoch, stop.is_set())
+            solves = {}
+            if hasattr(model, "evaluations"):
+                records[-1] |= (solves := {"evaluations": model.evaluations})
             bar.advance(len(pending), records[-1]["train"])
             pending.clear()
             if evaluating:
-                more = _evaluate(state, data, config)
+                with _solved(state):
+                    more = _evaluate(state, data, config)
                 records.append({"step": state.step, "epoch": records[-1]["epoch"], "held_out": state.held_out, **more})
                 bar.say(
                     f"step {state.step:6d}   epoch {state.step / per_epoch:6.2f}   "
-                    f"train {records[-2]['train']:.3f}   "
+                    f"train {records[-2]['train']:.3f}{in_words(solves)}   "
                     f"held-out {state.held_out:.3f} {data.unit}{in_words(more)}"
                 )
             if rank() == 0:
@@ -185,6 +192,15 @@ def _means(
     model.train(training)
     count = total(count).item()
     return {name: total(value).item() / count for name, value in sums.items()}
+
+
+@contextmanager
+def _solved(state: State, step: int | None = None, lr: float | None = None) -> Iterator[None]:
+    """A differential equation that cannot be solved is how a continuous model diverges."""
+    try:
+        yield
+    except SolverError as error:
+        raise diverged(str(error), state, step, lr) from error
 
 
 def _due(step: int, every: int, steps: int) -> bool:

@@ -1,7 +1,8 @@
 """Metrics as JSON lines: one object a line, appended, cut back to the checkpoint on resume.
 
-A training step writes `{"step", "epoch", "train", "grad_norm", "lr"}`, an evaluation
-`{"step", "epoch", "held_out"}` and the model's own by name; `train` and `held_out` are in the data's unit.
+A training step writes `{"step", "epoch", "train", "grad_norm", "lr"}` (of continuous flows some also `"evaluations"`,
+those of the dynamics), an evaluation `{"step", "epoch", "held_out"}` and the model's own metrics by name; `train` and
+`held_out` are in the data's unit.
 """
 
 import json
