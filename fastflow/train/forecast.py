@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastflow.nn.observations import OBSERVED, TARGET
+
 from .data.series import split
 from .errors import UserError
 from .figures import new_figure
@@ -56,14 +58,14 @@ def draw_forecasts(model: nn.Module, description: dict[str, Any], path: str | Pa
             low, high = (mean[b, :, d] + sign * 2 * std[b, :, d] for sign in (-1, 1))
             axis.fill_between(times, low, high, alpha=0.25, lw=0, label="mean ± 2 std, given the past")
             axis.plot(times, mean[b, :, d], lw=1)
-            for mask, style, label in ((1, "k.", "observed"), (2, "ro", "held out")):
+            for mask, style, label in ((OBSERVED, "k.", "observed"), (TARGET, "ro", "held out")):
                 chosen = masks[b, :, d] == mask
                 axis.plot(
                     examples[b, chosen, 0],
                     values[b, chosen, d],
                     style,
                     ms=5,
-                    mfc="none" if mask == 2 else None,
+                    mfc="none" if mask == TARGET else None,
                     label=label,
                 )
             if description["cut"] is not None:

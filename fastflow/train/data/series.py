@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fastflow.errors import UserError, need
+from fastflow.nn.observations import OBSERVED, TARGET
 
 from .dataset import Dataset, whole
 from .rows import read_text
@@ -24,9 +25,10 @@ _COVARIATES = 256  # covariates to draw new series with
 class Series(Dataset):
     """Sporadically observed series: the parts are float32 [N, L, 1 + 2 D + C]; nats an observed value.
 
-    A row is (time, D values, D masks, C covariates); the rows of a series rise in time, and those that fill it up to L
-    have the time infinity and zeros. A mask is 0 where nothing was observed (the value is 0 then), 1 where it was, and
-    2 for a target: a value that is forecast and scored, never shown to the filter.
+    A row is (time, D values, D masks, C covariates), as `fastflow.nn.Observations.to_tensor` gives them: the rows of a
+    series rise in time, and those that fill it up to L have the time infinity and zeros. A mask is 0 where nothing was
+    observed (the value is 0 then), 1 where it was, and 2 for a target: a value that is forecast and scored, never shown
+    to the filter.
 
     Series that are held out have targets: in the rows after time `cut`, at most `targets` of them, and nothing later.
     Without a `cut` they have none, and every value is predicted from those before it.
@@ -106,8 +108,8 @@ def split(x: Tensor, features: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 def scored(masks: Tensor) -> Tensor:
     """The values that figures are taken over, bool like `masks`: targets, or all that were observed where there are
     none."""
-    targets = masks == 2
-    return targets if targets.any() else masks == 1
+    targets = masks == TARGET
+    return targets if targets.any() else masks == OBSERVED
 
 
 def observations(x: Tensor, features: int) -> Tensor:
@@ -127,8 +129,8 @@ def with_targets(x: Tensor, features: int, cut: float, most: int | None = None) 
     x[late] = 0.0
     x[:, :, 0][late] = torch.inf
     masks = split(x, features)[2]
-    masks.mul_(torch.where(after, 2.0, 1.0)[:, :, None])
-    x = x[(masks == 1).any(2).any(1) & (masks == 2).any(2).any(1)]
+    masks[after] *= TARGET
+    x = x[(masks == OBSERVED).any(2).any(1) & (masks == TARGET).any(2).any(1)]
     return trimmed(x)
 
 
@@ -198,7 +200,7 @@ def divide(
             raise UserError(f"{name}: expected channels that vary, not so {channels[constant[0].item()]}")
         for part in (train, held_out):
             _, values, masks, _ = split(part, len(channels))
-            values.copy_(torch.where(masks == 1, (values - mean) / std, 0.0))
+            values.copy_(torch.where(masks == OBSERVED, (values - mean) / std, 0.0))
         scale = {"mean": mean.float(), "std": std.float()}
     data = Series(
         name, train, held_out, channels=tuple(channels), horizon=horizon, cut=cut, targets=targets, time=time, **scale
