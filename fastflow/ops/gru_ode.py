@@ -245,10 +245,10 @@ def gru_ode_filter(
     """
     params = _networks(h0, values, cell, observe, prep, gru, impute)
     _rows(h0, schedule, values, masks, dropout, observe.hidden_weight.shape[0], impute)
-    _schedule(schedule, *values.shape[:1], h0.shape[0])
     _numbers(method, rtol, atol, max_steps)
+    _schedule(schedule, values.shape[0], h0.shape[0], bool(METHODS[method].error))
     dtype = accumulator(h0.dtype)
-    backend = choose(FAMILY, (h0, values, dropout, *params), backend or "reference")  # until there is a kernel
+    backend = choose(FAMILY, (h0, values, dropout, *params), backend)
     h0, values, dropout, *params = (
         t if t is None or t.dtype == dtype else t.to(dtype) for t in (h0, values, dropout, *params)
     )
@@ -333,7 +333,7 @@ def _rows(h0, schedule, values, masks, dropout, p: int, impute: bool) -> None:
             raise ValueError(f"values: expected finite numbers where observed, got {values[row, channel]} in row {row}")
 
 
-def _schedule(schedule: Schedule, rows: int, series: int) -> None:
+def _schedule(schedule: Schedule, rows: int, series: int, adaptive: bool) -> None:
     for name, tensor, shape, dtype in (
         ("offsets", schedule.offsets, [series + 1], torch.int64),
         ("counts", schedule.counts, [rows + series], torch.int64),
@@ -347,6 +347,8 @@ def _schedule(schedule: Schedule, rows: int, series: int) -> None:
             )
     if torch.compiler.is_compiling() or transformed():
         return
+    if adaptive and bool((schedule.counts > 1).any()):
+        raise ValueError("schedule.counts: expected 0 or 1, intervals, with an adaptive method")
     offsets = schedule.offsets
     if offsets[0] != 0 or offsets[-1] != rows or bool((offsets.diff() < 0).any()):
         raise ValueError(f"schedule.offsets: expected to rise from 0 to {rows}, got {offsets.tolist()[:8]} ...")

@@ -184,18 +184,15 @@ def _adaptive(
     if not pending.any():
         return h
     first = f(h)
+    if bool((bad := pending & ~(h.isfinite() & first.isfinite()).all(1)).any()):
+        raise SolverError(_fault(bad, tick, "not finite", torch.zeros_like(gap), gap))
     step, t = _first_step(f, h.detach(), first.detach(), solver, rtol, atol), torch.zeros_like(gap)
     y, out = h, h
     steps += pending[:, None] * steps.new_tensor([2, 0, 0])
     for _ in range(max_steps):
         step = torch.where(pending, step, 0)  # those that are done stay where they are
         if bool((stuck := pending & ~(t + step > t)).any()):
-            b = int(stuck.nonzero()[0])
-            raise SolverError(
-                f"state: series {b}, interval {tick}: the step underflows at {float(t[b]):.6g} of {float(gap[b]):.6g}"
-                if bool(y[b].isfinite().all())
-                else f"state: series {b}, interval {tick}: not finite after {float(t[b]):.6g} of {float(gap[b]):.6g}"
-            )
+            raise SolverError(_fault(stuck, tick, "the step underflows", t, gap))
         size = step.to(h.dtype)[:, None]
         k = _stages(f, y, size, solver, first)
         new = y + size * _combine(solver.b, k)
@@ -213,10 +210,12 @@ def _adaptive(
         if not pending.any():
             return out
         step = step * _factor(ratio, solver.order)
-    b = int(pending.nonzero()[0])
-    raise SolverError(
-        f"state: series {b}, interval {tick}: at {float(t[b]):.6g} of {float(gap[b]):.6g} after {max_steps} steps"
-    )
+    raise SolverError(_fault(pending, tick, "still", t, gap) + f" after {max_steps} steps")
+
+
+def _fault(bad: Tensor, tick: int, what: str, t: Tensor, gap: Tensor) -> str:
+    b = int(bad.nonzero()[0])
+    return f"state: series {b}, interval {tick}: {what} at {float(t[b]):.6g} of {float(gap[b]):.6g}"
 
 
 def _rms(x: Tensor) -> Tensor:
@@ -225,20 +224,21 @@ def _rms(x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _first_step(f: Dynamics, h: Tensor, k: Tensor, solver: Method, rtol: float, atol: float) -> Tensor:
-    """Hairer, Norsett and Wanner, Solving Ordinary Differential Equations I, II.4, as torchdiffeq has it; [B]."""
+    """Hairer, Norsett and Wanner, Solving Ordinary Differential Equations I, II.4, as csrc/ode.h has it; [B]."""
     scale = atol + rtol * h.abs().double()
     d0, d1 = _rms(h / scale), _rms(k / scale)
-    small = torch.where((d0 < 1e-5) | (d1 < 1e-5), 1e-6, 0.01 * d0 / d1)
-    d2 = _rms((f(h + small.to(h.dtype)[:, None] * k) - k) / scale) / small
+    trial = torch.where((d0 < 1e-5) | (d1 < 1e-5), 1e-6, 0.01 * d0 / d1)
+    trial = torch.where(trial.isfinite() & (trial > 0), trial, 1e-6)
+    d2 = _rms((f(h + trial.to(h.dtype)[:, None] * k) - k) / scale) / trial
     flat = (d1 <= 1e-15) & (d2 <= 1e-15)
-    large = torch.where(flat, (small * 1e-3).clamp(min=1e-6), (0.01 / torch.maximum(d1, d2)) ** (1 / solver.order))
-    return torch.minimum(100 * small, large)
+    step = torch.where(flat, (trial * 1e-3).clamp(min=1e-6), (0.01 / torch.maximum(d1, d2)) ** (1 / solver.order))
+    return torch.minimum(100 * trial, torch.where(step.isfinite() & (step > 0), step, trial))
 
 
 def _factor(ratio: Tensor, order: int) -> Tensor:
-    """By how much the next step is longer; never shorter after one that was accepted with a ratio below 1."""
-    least = torch.where(ratio < 1, 1.0, 0.2)
-    return torch.where(ratio == 0, 10.0, (0.9 / ratio ** (1 / order)).clamp(max=10.0).maximum(least))
+    """By how much the next step is longer; not shorter after one with a ratio below 1."""
+    wanted = torch.where(ratio == 0, 10.0, 0.9 / ratio ** (1 / order))
+    return torch.where(ratio.isfinite(), wanted.maximum(torch.where(ratio < 1, 1.0, 0.2)).clamp(max=10.0), 0.2)
 
 
 # --- faults -----------------------------------------------------------------------------------------
