@@ -10,7 +10,8 @@
 namespace fastflow {
 namespace gru {
 
-// out = base + step (sum over i of weights[i] k[i]); a row has its own step, and its own weights where `each`
+// out = base + step (sum over i of weights[i] k[i]), base may be nothing; a row has its own step, and its own weights
+// where `each`
 template <bool each, class T>
 void combine(int64_t n, int64_t row, const T* base, const T* step, const T* weights, int64_t count, const T* k,
              int64_t k_stage, T* out) {
@@ -27,7 +28,7 @@ void combine(int64_t n, int64_t row, const T* base, const T* step, const T* weig
       }
       const T h = step[j];
 #pragma omp simd
-      for (int64_t c = 0; c < W; ++c) out[l + c] = base[l + c] + h * sum[c];
+      for (int64_t c = 0; c < W; ++c) out[l + c] = (base ? base[l + c] : T(0)) + h * sum[c];
     }
 }
 
@@ -82,10 +83,10 @@ class Steps {
     combine<false>(n, row, h, step, method.b.data(), method.stages(), slopes.data(), capacity * row, h);
   }
 
-  // the same, every evaluation kept: e(i) says where stage i is
+  // the evaluations of the first stages of such a step, kept: where(i) says where
   template <class Where>
-  void kept(int64_t n, const T* step, const T* h, const Where& where) {
-    for (int64_t i = 0; i < method.stages(); ++i) {
+  void kept(int64_t n, int64_t stages, const T* step, const T* h, const Where& where) {
+    for (int64_t i = 0; i < stages; ++i) {
       const Evaluation<T> e = where(i);
       if (stage_point(n, i, step, h, e.y) == h) std::copy_n(h, n * row, e.y);
       net.evaluate(n, e, slope(i));

@@ -6,7 +6,7 @@ De Brouwer et al., 2019, https://arxiv.org/abs/1905.12374. Streams of observatio
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -23,8 +23,8 @@ __all__ = ["PRESETS", "GRUODEBayes", "Scores"]
 
 PRESETS: dict[str, dict[str, Any]] = {
     # edebrouwer/gru_ode_bayes, the scripts of its experiments
-    "double-ou": {"features": 2, "covariates": 1, "step": 0.05, "horizon": 10.0},
-    "brusselator": {"features": 2, "covariates": 1, "step": 0.05, "horizon": 50.0},
+    "double-ou": {"features": 2, "covariates": 1, "covariates_hidden": 1, "step": 0.05, "horizon": 10.0},
+    "brusselator": {"features": 2, "covariates": 1, "covariates_hidden": 1, "step": 0.05, "horizon": 50.0},
     "climate": {"features": 5, "covariates": 1, "prep_hidden": 10, "step": 0.1, "horizon": 200.0, "dropout": 0.2},
 }
 
@@ -63,7 +63,7 @@ class GRUODEBayes(nn.Module):
         post_loss: "code", the first of the two, as published code has it, or "paper", the second.
         observation_std: :math:`\sigma_{obs}`; for binary channels the chance that an observation is wrong.
         binary: the channels that are 0 or 1, with Bernoulli predictions.
-        dropout: in the network p while training; not with impute.
+        dropout: in all of these networks but prep while training; not with impute.
         horizon: T, until which the final state goes on; None: it is that after the last observation.
         classes: of a classifier of the final state, :meth:`classify`; 0: none. classes_hidden: its hidden layer.
 
@@ -140,12 +140,16 @@ class GRUODEBayes(nn.Module):
             nn.Linear(hidden, p_hidden), nn.ReLU(), nn.Dropout(dropout), nn.Linear(p_hidden, 2 * features)
         )
         self.covariates_map = nn.Sequential(
-            nn.Linear(max(1, covariates), covariates_hidden), nn.ReLU(), nn.Linear(covariates_hidden, hidden), nn.Tanh()
+            nn.Linear(max(1, covariates), covariates_hidden),
+            nn.ReLU(),
+            nn.Dropout(dropout),
+            nn.Linear(covariates_hidden, hidden),
+            nn.Tanh(),
         )
         self.classifier = None
         if classes:
             self.classifier = nn.Sequential(
-                nn.Linear(hidden, classes_hidden), nn.ReLU(), nn.Linear(classes_hidden, classes)
+                nn.Linear(hidden, classes_hidden), nn.ReLU(), nn.Dropout(dropout), nn.Linear(classes_hidden, classes)
             )
         for layer in self.modules():
             if isinstance(layer, nn.Linear):
@@ -159,13 +163,38 @@ class GRUODEBayes(nn.Module):
             raise ValueError(f"preset: expected one of {', '.join(PRESETS)}, got {name!r}")
         return cls(**{**PRESETS[name], **changes})
 
+    def load_published(self, state: Mapping[str, Tensor]) -> None:
+        """Takes over what the published code saved: the ``state_dict`` of its ``NNFOwithBayesianJumps``."""
+        full, own = self.cell.kind == "full", {}
+        gates = [f"gru_c.lin_h{gate}.weight" for gate in ("rzh" if full else "zn")]
+        taken = {"cell.hidden_weight": gates}
+        if self.impute:
+            inputs = ("x",) if full else ("xz", "xn")
+            taken |= {f"cell.input_{kind}": [f"gru_c.lin_{x}.{kind}" for x in inputs] for kind in ("weight", "bias")}
+        networks = {"observe": "p_model", "covariates_map": "covariates_map", "classifier": "classification_model"}
+        for name in self.state_dict():
+            network, _, rest = name.partition(".")
+            if network in networks:
+                taken[name] = [f"{networks[network]}.{rest}"]
+            elif network == "jump":
+                published = (
+                    rest.replace("gru.", "gru_d.").replace("prep_weight", "w_prep").replace("prep_bias", "bias_prep")
+                )
+                taken[name] = [f"gru_obs.{published}"]
+        for name, parts in taken.items():
+            if missing := [part for part in parts if part not in state]:
+                raise ValueError(f"state: expected {missing[0]} for a {self.cell.kind} cell, got {', '.join(state)}")
+            own[name] = torch.cat([state[part] for part in parts])
+        self.load_state_dict(own)
+
     # --- the filter -----------------------------------------------------------------------------------
 
-    def filter(self, x: Tensor | Observations) -> Filtered:
-        """(pre, post [N, 2D], state [B, H], states [N, H]): the predictions p(h) before and after every row, the state
-        at the horizon and those after every row. Rows are those of ``Observations``.
+    def filter(self, x: Tensor | Observations, to_horizon: bool = True) -> Filtered:
+        """(pre, post [N, 2D], state [B, H], states [N, H], steps): the predictions p(h) before and after every row, the
+        state at the horizon and those after every row, what the solver did. Rows are those of ``Observations``.
 
-        A row of which only targets are known is read and nothing jumps; one of which nothing is known jumps.
+        A row of which only targets are known is read and nothing jumps; one of which nothing is known jumps. Without
+        ``to_horizon`` the state is that after the last row.
         """
         observations = self.observations(x)
         seen = observations.masks == OBSERVED
@@ -174,7 +203,7 @@ class GRUODEBayes(nn.Module):
         before = F.pad(times, (1, 0))  # [N + 1]: of every row the time of the row before
         last = torch.where(offsets.diff() > 0, before[offsets[1:]], 0)
         previous = before.index_fill(0, offsets, 0)[:-1]  # a first row has none
-        schedule = self.schedule(offsets, previous, times, last, jumps, self.horizon)
+        schedule = self.schedule(offsets, previous, times, last, jumps, self.horizon if to_horizon else None)
         start = self.initial(observations.covariates)
         return self.integrate(start, schedule, observations.values, seen.to(start.dtype))
 
@@ -251,7 +280,7 @@ class GRUODEBayes(nn.Module):
         scored = observations.masks == TARGET
         if not (targets and bool(scored.any())):
             scored = observations.masks != 0
-        pre = self.filter(observations).pre
+        pre = self.filter(observations, to_horizon=False).pre
         squared = (self.channels.moments(pre)[0] - observations.values).square()
         parts = self.channels.log_prob(pre, observations.values), squared, torch.ones_like(squared)
         return Scores(*(observations.total(torch.where(scored, part, 0)) for part in parts))
@@ -264,7 +293,7 @@ class GRUODEBayes(nn.Module):
         """What is minimised, [B]: -log p before the jumps + mixing * the loss after them."""
         observations = self.observations(x)
         seen, scored = observations.masks == OBSERVED, observations.masks != 0
-        pre, post, *_ = self.filter(observations)
+        pre, post, *_ = self.filter(observations, to_horizon=False)
         cost = torch.where(scored, -self.channels.log_prob(pre, observations.values), 0)
         if self.mixing:
             after = self.channels.post_loss(pre, post, observations.values, self.post_loss)
@@ -310,7 +339,7 @@ class GRUODEBayes(nn.Module):
             merged(TARGET, observations.masks),
             observations.covariates,
         )
-        pre = self.filter(both).pre
+        pre = self.filter(both, to_horizon=False).pre
         pre = pre[torch.argsort(order)[: len(asked)]].view(b, t, 2 * d)
         return self.channels.moments(pre)
 
