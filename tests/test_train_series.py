@@ -200,6 +200,10 @@ def test_the_baseline_is_a_gaussian_of_each_channel():
     data = Series("x", x[:200], module.with_targets(x[200:], 2, 1.5), channels=("a", "b"), horizon=4.0)
     value, name = data.baseline()
     assert value == pytest.approx(0.5 * math.log(2 * math.pi * math.e), abs=0.05) and "MSE 2." in name
+    error = (values[200:, 2:] - values[200:, 1:2]).square().mean().item()  # row 1 is the last that is observed
+    assert module.last_value(data.train, data.held_out, 2) == pytest.approx(error)
+    constant = torch.cat((x[..., :1], x[:, :1, 1:3].expand(-1, 4, -1), x[..., 3:]), 2)
+    assert module.last_value(x, module.with_targets(constant, 2, 1.5), 2) == 0
     assert data.usual == 8 and data.counts(data.held_out).tolist() == [4.0] * 100
 
 

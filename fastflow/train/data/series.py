@@ -96,7 +96,8 @@ class Series(Dataset):
 
     def baseline(self) -> tuple[float, str]:
         nats, mse = mean_predictor(self.train, self.final, self.features)
-        return nats, f"mean and variance of each channel; MSE {mse:.4g}"
+        last = last_value(self.train, self.final, self.features)
+        return nats, f"mean and variance of each channel; MSE {mse:.4g}, of the last value {last:.4g}"
 
 
 def split(x: Tensor, features: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -143,15 +144,34 @@ def trimmed(x: Tensor) -> Tensor:
 def mean_predictor(train: Tensor, held_out: Tensor, features: int) -> tuple[float, float]:
     """(nats, squared error) an observed value of a Gaussian for each channel, fitted on the values of `train`, on what
     is scored of `held_out`."""
-    _, values, masks, _ = (part.double() for part in split(train, features))
-    count = masks.sum((0, 1)).clamp(min=1)
-    mean = (values * masks).sum((0, 1)) / count
-    variance = (((values - mean) * masks) ** 2).sum((0, 1)) / count
-    _, values, masks, _ = (part.double() for part in split(held_out, features))
-    chosen = scored(masks)
+    mean, variance = _moments(train, features)
+    _, values, masks, _ = split(held_out.double(), features)
     error = (values - mean) ** 2
-    nats = 0.5 * (error / variance + variance.log() + torch.log(torch.tensor(2 * torch.pi)))
-    return tuple((x * chosen).sum().item() / max(1, chosen.sum().item()) for x in (nats.nan_to_num(), error))
+    nats = 0.5 * (error / variance + (2 * torch.pi * variance).log())
+    return _mean(nats, scored(masks)), _mean(error, scored(masks))
+
+
+def last_value(train: Tensor, held_out: Tensor, features: int) -> float:
+    """Squared error an observed value, on what is scored of `held_out`, of what was observed last of the channel; where
+    nothing was, of its mean."""
+    _, values, masks, _ = split(held_out.double(), features)
+    rows = torch.arange(masks.shape[1])[:, None]
+    latest = torch.where(masks == OBSERVED, rows, -1).cummax(1).values.roll(1, dims=1)
+    latest[:, 0] = -1
+    guess = torch.where(latest < 0, _moments(train, features)[0], values.gather(1, latest.clamp(min=0)))
+    return _mean((values - guess) ** 2, scored(masks))
+
+
+def _moments(x: Tensor, features: int) -> tuple[Tensor, Tensor]:
+    """Mean and variance [D] of what was observed."""
+    _, values, masks, _ = split(x.double(), features)
+    count = masks.sum((0, 1))
+    mean = (values * masks).sum((0, 1)) / count
+    return mean, (((values - mean) * masks) ** 2).sum((0, 1)) / count
+
+
+def _mean(x: Tensor, chosen: Tensor) -> float:
+    return (torch.where(chosen, x, 0.0).sum() / chosen.sum()).item()
 
 
 def pad(series: Any, n: int, times: Any, values: Any, masks: Any, covariates: Any) -> Tensor:
@@ -188,14 +208,12 @@ def divide(
     train, held_out = (
         x[torch.from_numpy(i)] for i in train_test_split(_arange(len(x)), test_size=test, random_state=seed)
     )
-    _, values, masks, _ = split(train, len(channels))
-    count = masks.double().sum((0, 1))
-    if len(never := (count == 0).nonzero()):
+    if len(never := (split(train, len(channels))[2].sum((0, 1)) == 0).nonzero()):
         raise UserError(f"{name}: expected channels that are observed in training, not so {channels[never[0].item()]}")
     scale = {}
     if standardize:
-        mean = (values.double() * masks).sum((0, 1)) / count
-        std = ((((values - mean) * masks) ** 2).sum((0, 1)) / count).sqrt()
+        mean, variance = _moments(train, len(channels))
+        std = variance.sqrt()
         if len(constant := (std <= 1e-12 * mean.abs().clamp(min=1e-300)).nonzero()):
             raise UserError(f"{name}: expected channels that vary, not so {channels[constant[0].item()]}")
         for part in (train, held_out):
