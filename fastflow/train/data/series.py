@@ -163,11 +163,10 @@ def last_value(train: Tensor, held_out: Tensor, features: int) -> float:
 
 
 def _moments(x: Tensor, features: int) -> tuple[Tensor, Tensor]:
-    """Mean and variance [D] of what was observed."""
-    _, values, masks, _ = split(x.double(), features)
-    count = masks.sum((0, 1))
-    mean = (values * masks).sum((0, 1)) / count
-    return mean, (((values - mean) * masks) ** 2).sum((0, 1)) / count
+    """Mean and variance [D] of what was observed, float64."""
+    _, values, masks, _ = split(x, features)
+    seen = [values[:, :, d][masks[:, :, d] == OBSERVED].double() for d in range(features)]
+    return torch.stack([v.mean() for v in seen]), torch.stack([v.var(correction=0) for v in seen])
 
 
 def _mean(x: Tensor, chosen: Tensor) -> float:
@@ -213,13 +212,13 @@ def divide(
     scale = {}
     if standardize:
         mean, variance = _moments(train, len(channels))
-        std = variance.sqrt()
-        if len(constant := (std <= 1e-12 * mean.abs().clamp(min=1e-300)).nonzero()):
+        mean, std = mean.float(), variance.sqrt().float()
+        if len(constant := (std <= 1e-6 * mean.abs()).nonzero()):
             raise UserError(f"{name}: expected channels that vary, not so {channels[constant[0].item()]}")
         for part in (train, held_out):
             _, values, masks, _ = split(part, len(channels))
             values.copy_(torch.where(masks == OBSERVED, (values - mean) / std, 0.0))
-        scale = {"mean": mean.float(), "std": std.float()}
+        scale = {"mean": mean, "std": std}
     data = Series(
         name, train, held_out, channels=tuple(channels), horizon=horizon, cut=cut, targets=targets, time=time, **scale
     )
