@@ -13,10 +13,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastflow.errors import SolverError
+
 from .checkpoint import has_checkpoint, load_checkpoint
 from .config import TrainConfig
 from .data import BUNDLED, NAMES, Dataset, load_data
-from .errors import MissingPackage, NonFiniteLoss, SolverError, UserError
+from .errors import MissingPackage, NonFiniteLoss, UserError
 from .figures import draw_curve
 from .loop import Result, final_figure, own_metrics, train
 from .metrics import in_words

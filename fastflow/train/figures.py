@@ -1,6 +1,7 @@
 """The pictures of a run: samples at several temperatures, points in the plane, and the training curve."""
 
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -45,37 +46,50 @@ def draw_points(
     drawn: Sequence[Tensor], temperatures: Sequence[float], path: str | Path, model: nn.Module | None = None
 ) -> None:
     """Writes a PNG: a panel of points [N, 2] for every temperature, and one of the density of `model` if given."""
-    spread = torch.cat([torch.quantile(x, torch.tensor([0.002, 0.998]), dim=0) for x in drawn])
-    low, high = spread.amin(0), spread.amax(0)
-    margin = 0.15 * (high - low) + 1e-3
-    low, high = (low - margin).tolist(), (high + margin).tolist()
+    low, high = limits(drawn)
     panels = len(drawn) + (model is not None)
-    tall = min(3.0, max(0.3, (high[1] - low[1]) / (high[0] - low[0])))
-    figure = new_figure(3 * panels, 0.6 + 3 * tall)
+    figure = new_figure(3 * panels, 0.6 + 3 * tall(low, high))
     axes = figure.subplots(1, panels, squeeze=False, sharex=True, sharey=True)[0]
     for axis, x, temperature in zip(axes, drawn, temperatures, strict=False):
         axis.scatter(*x.T.numpy(), s=1.5, lw=0, alpha=0.6)
         axis.set(title=f"T = {temperature:g}", xlim=(low[0], high[0]), ylim=(low[1], high[1]), aspect="equal")
     if model is not None:
-        density = _density(model, low, high)
-        axes[-1].imshow(
-            density.numpy(),
-            origin="lower",
-            extent=(low[0], high[0], low[1], high[1]),
-            interpolation="bilinear",
-            vmax=density.flatten().quantile(0.998),  # a needle would leave the rest dark
-        )
+        show_density(axes[-1], on_grid(model, low, high), low, high)
         axes[-1].set(title="density", aspect="equal")
     figure.savefig(path, dpi=150)
 
 
+def limits(drawn: Sequence[Tensor]) -> tuple[list[float], list[float]]:
+    """The corners of a rectangle around nearly all points of all [N, 2]."""
+    spread = torch.cat([torch.quantile(x, torch.tensor([0.002, 0.998]), dim=0) for x in drawn])
+    low, high = spread.amin(0), spread.amax(0)
+    margin = 0.15 * (high - low) + 1e-3
+    return (low - margin).tolist(), (high + margin).tolist()
+
+
+def tall(low: Sequence[float], high: Sequence[float]) -> float:
+    """Height over width of a picture of that rectangle."""
+    return min(3.0, max(0.3, (high[1] - low[1]) / (high[0] - low[0])))
+
+
 @torch.no_grad()
-def _density(model: nn.Module, low: Sequence[float], high: Sequence[float], side: int = 160) -> Tensor:
+def on_grid(model: nn.Module, low: Sequence[float], high: Sequence[float], side: int = 160) -> Tensor:
     """p(x) on a grid, [side, side], rows along the second variable."""
     x, y = (torch.linspace(low[k], high[k], side) for k in (0, 1))
     grid = torch.stack(torch.meshgrid(x, y, indexing="xy"), 2).view(-1, 2)
-    device = next(model.parameters()).device
+    device = next(chain(model.parameters(), model.buffers())).device
     return model(grid.to(device)).exp().view(side, side).cpu()
+
+
+def show_density(axis, density: Tensor, low: Sequence[float], high: Sequence[float]) -> None:
+    """Draws a density on a grid between two corners."""
+    axis.imshow(
+        density.numpy(),
+        origin="lower",
+        extent=(low[0], high[0], low[1], high[1]),
+        interpolation="bilinear",
+        vmax=density.flatten().quantile(0.998),  # a needle would leave the rest dark
+    )
 
 
 def draw_curve(
