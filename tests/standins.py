@@ -245,9 +245,36 @@ def write_mat(path, name, array):
     path.write_bytes(b"MATLAB 5.0".ljust(124) + struct.pack("<H", 0x100) + b"IM" + matrix)
 
 
+def write_series(path, series=20, step=0.25, seed=0):
+    """Two channels at 3 to 9 of 25 times, in random order, with a covariate."""
+    g, lines = np.random.default_rng(seed), ["ID,Time,Value_a,Value_b,Mask_a,Mask_b,Cov"]
+    for i in range(series):
+        masks = [(1, 0), (0, 1), (1, 1)]
+        for k, time in enumerate(g.permutation(25)[: g.integers(3, 10)] * step):
+            (a, b), (x, y) = masks[(i + k) % 3], g.normal(size=2)
+            lines.append(f"{i}.0,{time},{a * x},{b * y},{a},{b},{i % 2}")
+    path.write_text("\n".join(lines) + "\n")
+
+
+def write_stays(path, stays=20, seed=0):
+    """The long form of PhysioNet 2012: descriptors at minute 0, a few values in 48 hours, a flag that is always 1."""
+    g, lines = np.random.default_rng(seed), ["RecordID,Minutes,Parameter,Value"]
+    for i in range(stays):
+        first = {"RecordID": 1000 + i, "Age": 40 + i, "Gender": i % 2, "Height": -1 if i % 3 else 170 + i}
+        first |= {"ICUType": 1 + i % 4, "Weight": 70 + i}
+        lines += [f"{1000 + i},0,{name},{value}" for name, value in first.items()]
+        for minute in sorted(g.integers(5, 2880, 12)):
+            for name, mean in (("HR", 80), ("Temp", 37), ("MechVent", 1)):
+                if g.random() < 0.6:
+                    lines.append(f"{1000 + i},{minute},{name},{mean if mean == 1 else mean + g.normal():.3f}")
+    path.write_text("\n".join(lines) + "\n")
+
+
 def files(name, folder):
     """The path of a data set like `name`, as small as may be."""
-    path = folder / {"rows": "table.csv", "caltech": "x.mat"}.get(name, "x.npz")
+    path = folder / {"rows": "table.csv", "caltech": "x.mat", "series": "x.csv", "physionet2012": "set.csv"}.get(
+        name, "x.npz"
+    )
     bits = {part: random_images(40, 784, high=2) for part in ("train", "valid", "test")}
     if name == "mnist":
         for part in ("train", "t10k"):
@@ -277,6 +304,10 @@ def files(name, folder):
         for part in ("val", "test"):
             np.savez(folder / f"{part}.npz", x=np.random.default_rng(0).normal(size=(40, 6)))
         return folder
+    elif name == "series":
+        write_series(path, 40, step=2.0)
+    elif name == "physionet2012":
+        write_stays(path)
     elif name == "patches":
         for part in ("train", "test"):
             for i in range(3):

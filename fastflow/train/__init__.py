@@ -1,10 +1,11 @@
-"""Training models on images, rows and audio: data, the loop, checkpoints, and the recipes behind `fastflow train`.
+"""Training models on images, rows, audio and series: data, the loop, checkpoints, and the recipes of
+`fastflow train`.
 
 Needs the extra `pip install fastflow[train]`; importing this does not.
 """
 
 from .config import TrainConfig
-from .data import Audio, Dataset, Images, Patches, Rows, load_data
+from .data import Audio, Dataset, Images, Patches, Rows, Series, load_data
 from .errors import MissingPackage, NonFiniteLoss, UserError
 from .loop import Result, evaluate, final_figure, train
 from .pixels import bits_per_dim
@@ -23,6 +24,7 @@ __all__ = [
     "Recipe",
     "Result",
     "Rows",
+    "Series",
     "TrainConfig",
     "UserError",
     "bits_per_dim",

@@ -20,7 +20,8 @@ from .config import TrainConfig
 from .data import BUNDLED, NAMES, Dataset, load_data
 from .errors import MissingPackage, NonFiniteLoss, UserError
 from .figures import draw_curve
-from .loop import Result, final_figure, train
+from .loop import Result, final_figure, own_metrics, train
+from .metrics import in_words
 from .over_time import draw_over_time
 from .parallel import choose_device, process_group, rank
 from .recipe import Recipe, build_model, find_recipe, load_model, model_config
@@ -96,7 +97,8 @@ def add_sample_arguments(parser: argparse.ArgumentParser) -> None:
         "--out",
         metavar="FILE",
         type=Path,
-        help="file to write: .png for images and points, .csv or .npz for rows, .wav for audio (default: samples.*)",
+        help="file to write: .png for images and points, .csv or .npz for rows, .wav for audio, "
+        ".png for forecasts of held-out series and .csv for new ones (default: samples.*, forecast.png)",
     )
     parser.add_argument(
         "--temperature",
@@ -107,7 +109,7 @@ def add_sample_arguments(parser: argparse.ArgumentParser) -> None:
         help="factor on the standard deviation of the noise, so many samples for each (default: 0.5 0.7 0.9 1)",
     )
     parser.add_argument(
-        "--n", type=int, metavar="N", help="samples (default: 12 images, 2000 points, 1000 rows, 4 clips)"
+        "--n", type=int, metavar="N", help="samples (default: 12 images, 2000 points, 1000 rows, 4 clips, 4 series)"
     )
     parser.add_argument(
         "--seed",
@@ -168,7 +170,10 @@ def run_sample(args: argparse.Namespace) -> int:
             return 0
         out = args.out or Path(default_name(meta["data"]))
         n = write_samples(model, meta["data"], out, args.temperature, args.n, args.seed)
-    print(f"wrote {out}: {n} samples at temperature {', '.join(f'{t:g}' for t in args.temperature)}")
+    if meta["data"].get("kind") == "series" and out.suffix == ".png":
+        print(f"wrote {out}: forecasts of {n} held-out series")
+    else:
+        print(f"wrote {out}: {n} samples at temperature {', '.join(f'{t:g}' for t in args.temperature)}")
     return 0
 
 
@@ -228,9 +233,13 @@ def _summarise(
     model, meta = load_model(out, device)
     naive = data.baseline()
     figure = final_figure(model, data, config)
+    more = own_metrics(model, data, seed=config.seed, part=data.final[: config.final])
     part = "held-out" if data.test is None else "test"
     count = min(len(data.final), config.final or len(data.final))
-    print(f"step {result.step}: {figure:.4f} {data.unit} on {count} {part} samples ({naive[1]}: {naive[0]:.4f})")
+    print(
+        f"step {result.step}: {figure:.4f} {data.unit}{in_words(more)} on {count} {part} samples "
+        f"({naive[1]}: {naive[0]:.4f})"
+    )
     write_result(
         out,
         command=_command(args, recipe, data, model, config),
@@ -240,6 +249,7 @@ def _summarise(
         config=config,
         result=result,
         figure=(figure, f"{count} {part}"),
+        metrics=more,
         unit=data.unit,
         naive=naive,
         published=recipe.published(model.config) if callable(recipe.published) else recipe.published,

@@ -1,8 +1,8 @@
 """The errors of a training run; those of every command are in `fastflow.errors`."""
 
-from fastflow.errors import MissingPackage, UserError, need
+from fastflow.errors import MissingPackage, SolverError, UserError, need
 
-__all__ = ["MissingPackage", "NonFiniteLoss", "UserError", "need"]
+__all__ = ["MissingPackage", "NonFiniteLoss", "SolverError", "UserError", "need"]
 
 
 class NonFiniteLoss(RuntimeError):

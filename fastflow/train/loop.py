@@ -8,7 +8,8 @@ that one process would see.
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -20,9 +21,9 @@ from torch import Tensor, nn
 from . import noise
 from .config import TrainConfig
 from .data import Dataset
-from .errors import UserError
+from .errors import SolverError, UserError
 from .interrupt import stop_on_signal
-from .metrics import append_metrics, truncate_metrics
+from .metrics import append_metrics, in_words, truncate_metrics
 from .parallel import rank, total, world, wrap
 from .progress import Progress
 from .state import State, average, copy_buffers, diverged, judge, restore, save, shuffled, start, training_batch
@@ -56,7 +57,9 @@ def train(
         model: `forward(x)` gives log p(x), or a lower bound of it, [B] in nats; `initialize(x)` takes the first
             batch; `config` has the arguments it was constructed from. It may have a loss of its own,
             `loss(x, progress)` in nats, [B] or its mean, with `progress` in [0, 1) the part of the run that is over
-            (for a warm-up); evaluations use `forward`.
+            (for a warm-up); evaluations use `forward`, or `evaluate(x)` [B] where the data are forecast. `metrics(x)`,
+            if it has them, are more figures by name, [B] each, such as squared errors: sums like the log-likelihood.
+            `evaluations`, if it has it, is how often the last call evaluated its dynamics, and goes to the metrics.
         data: from `load_data`.
         config: the settings; a resumed run may change only how long it goes on.
         out: a folder that receives `metrics.jsonl` and `checkpoint/`.
@@ -67,8 +70,8 @@ def train(
     finish the current step and write a checkpoint.
 
     Raises `NonFiniteLoss` naming step and learning rate when the loss, the norm of the gradient, a
-    held-out figure or what would go into a checkpoint is not finite, `UserError` when settings,
-    data, folder and checkpoint do not fit together.
+    held-out figure or what would go into a checkpoint is not finite, or when a differential equation cannot
+    be solved; `UserError` when settings, data, folder and checkpoint do not fit together.
     """
     out = Path(out)
     if config.batch_size % world():
@@ -91,7 +94,8 @@ def train(
             x = _next_batch(data, config, state.step, per_epoch, device)
             torch.manual_seed(noise.key(config.seed, noise.STEP, state.step, rank()))
             lr = config.lr_at(state.step, steps, per_epoch)
-            pending.append((lr, *_update(objective, state, x, state.step / steps, data, config, lr)))
+            with _solved(state, state.step + 1, lr):
+                pending.append((lr, *_update(objective, state, x, state.step / steps, data, config, lr)))
             state.step += 1
             evaluating = _due(state.step, config.eval_every or per_epoch, steps)
             saving = _due(state.step, config.checkpoint_every or per_epoch, steps)
@@ -99,15 +103,19 @@ def train(
             if not (evaluating or saving or alone or state.step % _SETTLE_EVERY == 0):
                 continue
             records, stopped = _settle(pending, state, per_epoch, stop.is_set())
+            solves = {}
+            if hasattr(model, "evaluations"):
+                records[-1] |= (solves := {"evaluations": model.evaluations})
             bar.advance(len(pending), records[-1]["train"])
             pending.clear()
             if evaluating:
-                _evaluate(state, data, config)
-                records.append({"step": state.step, "epoch": records[-1]["epoch"], "held_out": state.held_out})
+                with _solved(state):
+                    more = _evaluate(state, data, config)
+                records.append({"step": state.step, "epoch": records[-1]["epoch"], "held_out": state.held_out, **more})
                 bar.say(
                     f"step {state.step:6d}   epoch {state.step / per_epoch:6.2f}   "
-                    f"train {records[-2]['train']:.3f}   "
-                    f"held-out {state.held_out:.3f} {data.unit}"
+                    f"train {records[-2]['train']:.3f}{in_words(solves)}   "
+                    f"held-out {state.held_out:.3f} {data.unit}{in_words(more)}"
                 )
             if rank() == 0:
                 append_metrics(out / "metrics.jsonl", records)
@@ -123,7 +131,6 @@ def train(
     return Result(state.step, state.held_out, stopped, state.seconds)
 
 
-@torch.no_grad()
 def evaluate(
     model: nn.Module,
     data: Dataset,
@@ -138,17 +145,18 @@ def evaluate(
     The same noise every time, so that two evaluations differ by the model alone. Under a process
     group every rank takes a share, and all return the result. `score` replaces the model's `forward`.
     """
-    device, training = next(model.parameters()).device, model.training
-    part, score = data.held_out if part is None else part, score or model
-    model.eval()
-    cost = torch.zeros((), dtype=torch.float64, device=device)
-    key = noise.key(seed, noise.HELD_OUT)
-    for number, index in enumerate(torch.arange(rank(), len(part), world()).split(batch_size)):
-        x = data.inputs(part[index].to(device), index.to(device), key)
-        with noise.own_generator(device, seed, noise.HELD_OUT, number, rank()):
-            cost += data.cost(score(x).double()).sum()
-    model.train(training)
-    return total(cost).item() / len(part)
+    score = score or model
+    return _means(model, data, lambda x: {"cost": data.cost(score(x).double())}, batch_size, seed, part)["cost"]
+
+
+def own_metrics(
+    model: nn.Module, data: Dataset, *, batch_size: int = 256, seed: int = 0, part: Tensor | None = None
+) -> dict[str, float]:
+    """Means of the model's `metrics(x)`, on the samples and over the same things as in `evaluate`; none for a model
+    without."""
+    if not hasattr(model, "metrics"):
+        return {}
+    return _means(model, data, lambda x: {n: v.double() for n, v in model.metrics(x).items()}, batch_size, seed, part)
 
 
 def final_figure(model: nn.Module, data: Dataset, config: TrainConfig) -> float:
@@ -156,6 +164,43 @@ def final_figure(model: nn.Module, data: Dataset, config: TrainConfig) -> float:
     such as an importance-sampled likelihood where `forward` is a bound."""
     part = data.final[: config.final]
     return evaluate(model, data, batch_size=100, seed=config.seed, part=part, score=getattr(model, "evaluate", None))
+
+
+@torch.no_grad()
+def _means(
+    model: nn.Module,
+    data: Dataset,
+    measure: Callable[[Tensor], dict[str, Tensor]],
+    batch_size: int,
+    seed: int,
+    part: Tensor | None,
+) -> dict[str, float]:
+    """Means over `part` of what `measure` gives for its samples, [B] by name: over samples, or what is in them."""
+    device, training = next(model.parameters()).device, model.training
+    part = data.held_out if part is None else part
+    model.eval()
+    sums: dict[str, Tensor] = {}
+    count = torch.zeros((), dtype=torch.float64, device=device)
+    key = noise.key(seed, noise.HELD_OUT)
+    for number, index in enumerate(torch.arange(rank(), len(part), world()).split(batch_size)):
+        x = data.inputs(part[index].to(device), index.to(device), key)
+        with noise.own_generator(device, seed, noise.HELD_OUT, number, rank()):
+            for name, value in measure(x).items():
+                sums[name] = sums.get(name, 0) + value.sum()
+        counts = data.counts(x)
+        count += len(x) if counts is None else counts.sum()
+    model.train(training)
+    count = total(count).item()
+    return {name: total(value).item() / count for name, value in sums.items()}
+
+
+@contextmanager
+def _solved(state: State, step: int | None = None, lr: float | None = None) -> Iterator[None]:
+    """A differential equation that cannot be solved is how a continuous model diverges."""
+    try:
+        yield
+    except SolverError as error:
+        raise diverged(str(error), state, step, lr) from error
 
 
 def _due(step: int, every: int, steps: int) -> bool:
@@ -196,7 +241,7 @@ def _update(
         group["lr"] = lr
     with torch.autocast(x.device.type, torch.bfloat16, enabled=config.bf16):
         log_prob = objective(x, progress)
-    loss = data.cost(log_prob).mean()
+    loss = data.cost(log_prob).mean() / data.usual
     state.optimizer.zero_grad()
     loss.backward()
     norm = nn.utils.clip_grad_norm_(state.model.parameters(), config.clip or math.inf)
@@ -224,9 +269,14 @@ def _settle(
     return records, asks[0] > 0
 
 
-def _evaluate(state: State, data: Dataset, config: TrainConfig) -> None:
+def _evaluate(state: State, data: Dataset, config: TrainConfig) -> dict[str, float]:
+    """Takes the held-out figure; the model's own `metrics`."""
     copy_buffers(state)
-    state.held_out = evaluate(state.ema, data, seed=config.seed)
-    if not math.isfinite(state.held_out):
-        raise diverged(f"held-out {data.unit} {state.held_out}", state)
+    score = getattr(state.ema, "evaluate", None) if data.forecasts else None
+    state.held_out = evaluate(state.ema, data, seed=config.seed, score=score)
+    more = own_metrics(state.ema, data, seed=config.seed)
+    for name, value in {f"held-out {data.unit}": state.held_out, **more}.items():
+        if not math.isfinite(value):
+            raise diverged(f"{name} {value}", state)
     judge(state, config.patience)
+    return more

@@ -1,12 +1,13 @@
 """Metrics as JSON lines: one object a line, appended, cut back to the checkpoint on resume.
 
-A training step writes `{"step", "epoch", "train", "grad_norm", "lr"}`, an evaluation
-`{"step", "epoch", "held_out"}`; `train` and `held_out` are in the data's unit.
+A training step writes `{"step", "epoch", "train", "grad_norm", "lr"}` (of continuous flows some also `"evaluations"`,
+those of the dynamics), an evaluation `{"step", "epoch", "held_out"}` and the model's own metrics by name; `train` and
+`held_out` are in the data's unit.
 """
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,3 +40,8 @@ def truncate_metrics(path: Path, step: int) -> None:
     draft.unlink(missing_ok=True)
     append_metrics(draft, kept)
     os.replace(draft, path)
+
+
+def in_words(figures: Mapping[str, float]) -> str:
+    """`, name value` for each."""
+    return "".join(f", {name} {value:.4g}" for name, value in figures.items())

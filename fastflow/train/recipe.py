@@ -68,7 +68,8 @@ def build_model(name: str, config: Mapping[str, Any]) -> nn.Module:
 
 
 def load_model(path: str | Path, device: torch.device | str = "cpu") -> tuple[nn.Module, dict[str, Any]]:
-    """The trained model of a run or checkpoint folder, and the metadata.
+    """The trained model of a run or checkpoint folder, and the metadata; `data` in it with the tensors that are kept of
+    the data.
 
     Its weights are the averaged ones; those of the best evaluation, where the run could stop early.
 
@@ -78,6 +79,7 @@ def load_model(path: str | Path, device: torch.device | str = "cpu") -> tuple[nn
     meta, tensors = load_checkpoint(path / "checkpoint" if (path / "checkpoint").is_dir() else path)
     model = build_model(meta["model"]["name"], meta["model"]["config"])
     load_module(model, tensors, "best" if any(name.startswith("best/") for name in tensors) else "ema")
+    meta["data"] |= {name.removeprefix("data/"): x for name, x in tensors.items() if name.startswith("data/")}
     return model.to(device).eval(), meta
 
 

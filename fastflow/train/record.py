@@ -21,6 +21,7 @@ from .checkpoint import write_file
 from .config import TrainConfig
 from .errors import UserError
 from .loop import Result
+from .metrics import in_words
 
 BEGIN, END = "<!-- models: begin -->", "<!-- models: end -->"
 
@@ -37,13 +38,15 @@ def write_result(
     config: TrainConfig,
     result: Result,
     figure: tuple[float, str],
+    metrics: dict[str, float],
     unit: str,
     naive: tuple[float, str],
     published: tuple[float, str] | None,
 ) -> None:
     """Writes `out/result.json`, atomically.
 
-    `figure` and `naive` are (value, what it is), `root` is the name of the data's files.
+    `figure` and `naive` are (value, what it is), `metrics` further ones on the same samples by name, `root` is the name
+    of the data's files.
     """
     device = next(model.parameters()).device
     record = {
@@ -57,6 +60,7 @@ def write_result(
         "wall_s": round(result.seconds),
         "parameters": sum(p.numel() for p in model.parameters()),
         "held_out": {"value": figure[0], "what": figure[1]},
+        **({"metrics": metrics} if metrics else {}),
         "unit": unit,
         "naive": {"value": naive[0], "what": naive[1]},
         "published": published and {"value": published[0], "what": published[1]},
@@ -97,7 +101,7 @@ def table(results: Sequence[dict[str, Any]]) -> str:
             [
                 r["model"],
                 r["data"],
-                f"{r['held_out']['value']:.4g} {r['unit']} ({r['held_out']['what']})",
+                f"{r['held_out']['value']:.4g} {r['unit']}{in_words(r.get('metrics', {}))} ({r['held_out']['what']})",
                 f"{r['naive']['value']:.4g} ({r['naive']['what']})",
                 f"{published['value']:.4g} ({published['what']})" if published else "",
                 _count(r["parameters"]),

@@ -1,4 +1,4 @@
-"""Samples of a trained model in the form of its data: pictures, points, tables, sound."""
+"""Samples of a trained model in the form of its data: pictures, points, tables, sound, forecasts."""
 
 import csv
 from collections.abc import Sequence
@@ -13,15 +13,23 @@ from fastflow.models.wavenet import mu_law_decode
 from .data.audio import write_wav
 from .errors import UserError, need
 from .figures import draw_points, draw_samples
+from .forecast import write_series
 from .pixels import quantize
 
-_SUFFIXES = {"images": (".png",), "points": (".png", ".csv", ".npz"), "rows": (".csv", ".npz"), "audio": (".wav",)}
-_COUNT = {"images": 12, "points": 2000, "rows": 1000, "audio": 4}
+_SUFFIXES = {
+    "images": (".png",),
+    "points": (".png", ".csv", ".npz"),
+    "rows": (".csv", ".npz"),
+    "audio": (".wav",),
+    "series": (".png", ".csv"),
+}
+_COUNT = {"images": 12, "points": 2000, "rows": 1000, "audio": 4, "series": 4}
 
 
 def default_name(description: dict[str, Any]) -> str:
     """The file that samples go to where none is named, by the kind of the data that a checkpoint describes."""
-    return f"samples{_SUFFIXES[_kind(description)][0]}"
+    kind = _kind(description)
+    return f"{'forecast' if kind == 'series' else 'samples'}{_SUFFIXES[kind][0]}"
 
 
 def write_samples(
@@ -37,12 +45,14 @@ def write_samples(
     The noise is the same at every temperature, so that one sees a sample cool down. Images go to a PNG, one row a
     temperature (the means of their pixels, if the model has `sample_mean`); points in the plane to a PNG with their
     density beside them, or, as all rows, to a CSV or npz file in the units of the original table; audio to a WAV
-    file, one clip after another.
+    file, one clip after another. Of models of series a PNG has forecasts, a CSV new series (`write_series`).
     """
     kind = _kind(description)
     if path.suffix not in _SUFFIXES[kind]:
         raise UserError(f"--out {path}: expected a name that ends in {' or '.join(_SUFFIXES[kind])} for this model")
     n = n or _COUNT[kind]
+    if kind == "series":
+        return write_series(model, description, path, temperatures, n, seed)
     with torch.no_grad():
         drawn = [_draw(model, description, n, temperature, seed) for temperature in temperatures]
     if kind == "images":

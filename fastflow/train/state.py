@@ -103,6 +103,7 @@ def save(state: State, data: Dataset, config: TrainConfig, directory: Path) -> N
     scalars, tensors = optimizer_state(state.optimizer, state.model)
     tensors |= module_tensors(state.model, "model") | module_tensors(state.ema, "ema")
     tensors |= {f"best/{name}": value for name, value in state.best_weights.items()}
+    kept = {f"data/{name}": value for name, value in data.keepsakes().items()}
     for name, value in tensors.items():
         if value.is_floating_point() and not torch.isfinite(value).all():
             raise diverged(f"inf or nan in {name}", state)
@@ -117,7 +118,7 @@ def save(state: State, data: Dataset, config: TrainConfig, directory: Path) -> N
     }
     if config.patience is not None:
         meta["best"] = {"held_out": state.best, "stale": state.stale}
-    save_checkpoint(directory, meta, tensors)
+    save_checkpoint(directory, meta, tensors | kept)
     state.saved = state.step
 
 

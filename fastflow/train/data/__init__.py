@@ -1,4 +1,4 @@
-"""Data sets by name: images, rows, toys, patches, audio. One interface, `Dataset`, for the loop."""
+"""Data sets by name: images, rows, toys, patches, audio, series. One interface, `Dataset`, for the loop."""
 
 import inspect
 from dataclasses import replace
@@ -12,11 +12,14 @@ from .audio import Audio, load_audio
 from .dataset import Dataset
 from .images import FORMS, Images
 from .patches import Patches, load_patches
+from .physionet import load_physionet
+from .processes import PROCESSES
 from .rows import Rows, load_rows
+from .series import Series, load_series
 from .sets import IMAGES
 from .toys import TOYS, load_toy
 
-__all__ = ["BUNDLED", "FORMS", "NAMES", "Audio", "Dataset", "Images", "Patches", "Rows", "load_data"]
+__all__ = ["BUNDLED", "FORMS", "NAMES", "Audio", "Dataset", "Images", "Patches", "Rows", "Series", "load_data"]
 
 _BITS = ("mnist-static", "binary", "caltech")  # seen as bits unless another form is asked for
 
@@ -25,11 +28,13 @@ _FILES = {
     "miniboone": partial(load_rows, standardize=False),
     "patches": load_patches,
     "audio": load_audio,
+    "series": load_series,
+    "physionet2012": load_physionet,
 }
 
-NAMES = (*IMAGES, *_FILES, *TOYS)
+NAMES = (*IMAGES, *_FILES, *TOYS, *PROCESSES)
 
-BUNDLED = ("digits", *TOYS)
+BUNDLED = ("digits", *TOYS, *PROCESSES)
 """Those that need no files."""
 
 
@@ -50,7 +55,9 @@ def load_data(
     MATLAB file; `images`, a folder of PNG and JPEG (`size`: crop and resize). Rows: `rows`, CSV or npz (options of
     `load_rows`), `miniboone`, the same, left as it is (it is passed around whitened), and the toys `moons`,
     `circles`, `rings`, `gaussians`, `pinwheel`, `spirals`, `checkerboard`.
-    `patches`: of the images in two folders (`load_patches`). `audio`: WAV files or npz (`load_audio`).
+    `patches`: of the images in two folders (`load_patches`). `audio`: WAV files or npz (`load_audio`). Series:
+    `series`, CSV (`load_series`), `physionet2012`, CSV of that challenge (`load_physionet`), and the generated
+    `double-ou` and `brusselator`.
 
     Without a `form`, `mnist-static`, `binary` and `caltech` are seen as bits, other images dequantised.
 
@@ -85,8 +92,8 @@ def load_data(
     paths = [] if root is None else [root]
     if name in TOYS:
         data = load_toy(name)
-    elif name in _FILES:
-        data = _FILES[name](name, *paths, **options)
+    elif loader := _FILES.get(name) or PROCESSES.get(name):
+        data = loader(name, *paths, **options)
     else:
         found = IMAGES[name](*paths, **options)
         form = form or ("static" if name in _BITS else "dequantized")
@@ -97,7 +104,7 @@ def load_data(
 def _check(name: str, options: dict[str, Any]) -> None:
     """Raises `UserError` for an option that the loader does not take."""
     known = set()
-    if loader := _FILES.get(name) or IMAGES.get(name):
+    if loader := _FILES.get(name) or PROCESSES.get(name) or IMAGES.get(name):
         known = inspect.signature(loader).parameters.keys() - {"name", "root"}
     if unknown := options.keys() - known:
         raise UserError(f"{min(unknown)}: no option of {name!r}, which has {', '.join(sorted(known)) or 'none'}")
@@ -110,4 +117,5 @@ def _with_validation(data: Dataset, valid: int) -> Dataset:
         raise UserError(
             f"valid: expected fewer than the {len(data.train)} training samples of {data.name}, got {valid}"
         )
-    return replace(data, train=data.train[:-valid], held_out=data.train[-valid:], test=data.final)
+    held_out = data.hold_out(data.train[-valid:])
+    return replace(data, train=data.train[:-valid], held_out=held_out, test=data.final)

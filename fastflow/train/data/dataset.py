@@ -26,6 +26,10 @@ class Dataset:
     test: Tensor | None = field(default=None, kw_only=True)
 
     kind = "rows"
+    forecasts = False
+    """Whether held-out samples have targets, which a model's `evaluate` scores."""
+    usual = 1.0
+    """What `counts` gives for a training sample, on average."""
 
     @property
     def unit(self) -> str:
@@ -45,6 +49,18 @@ class Dataset:
     def cost(self, log_prob: Tensor) -> Tensor:
         """log p [B] in nats -> the cost [B] in `unit`."""
         return -log_prob
+
+    def counts(self, x: Tensor) -> Tensor | None:
+        """How many of what a figure is a mean over are in each of the samples `x` [B, ...], float64 [B]; None: one."""
+        return None
+
+    def hold_out(self, samples: Tensor) -> Tensor:
+        """Training samples as they are where they are held out."""
+        return samples
+
+    def keepsakes(self) -> dict[str, Tensor]:
+        """Tensors by name that go with a checkpoint, for what is drawn from it."""
+        return {}
 
     def describe(self) -> dict[str, Any]:
         """What a checkpoint remembers, as JSON: a resumed run must have the same, and samples are drawn from it."""

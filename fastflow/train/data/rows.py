@@ -126,16 +126,20 @@ def _matrix(path: Path, name: str, array) -> Tensor:
     return torch.from_numpy(array.astype("float64"))
 
 
-def read_csv(path: Path, separator: str | None = None) -> Tensor:
-    """The numbers of a CSV file, float64 [N, D]; a first row with a field that is no number is a header."""
+def read_text(path: Path) -> str:
+    """The text of a file, gzipped if its name ends in `.gz`; raises `UserError` where it is damaged."""
     try:
         raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-        text = raw.decode("utf-8-sig")
+        return raw.decode("utf-8-sig")
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise UserError(f"{path}: expected a whole gzip file ({error})") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: expected text in UTF-8 ({error})") from error
-    lines = text.splitlines()
+
+
+def read_csv(path: Path, separator: str | None = None) -> Tensor:
+    """The numbers of a CSV file, float64 [N, D]; a first row with a field that is no number is a header."""
+    lines = read_text(path).splitlines()
     if separator is None:
         separator = max(_SEPARATORS, key=lambda s: lines[0].count(s) if lines else 0)
     if not isinstance(separator, str) or len(separator) != 1:
