@@ -257,6 +257,9 @@ def test_no_observations():
     assert model(data)[0] == 0 and model.loss(data)[0] == 0 and model(data)[1] != 0
     alone = Observations.from_lists([[]], [torch.zeros(0, 2)], covariates=[[1.0]])
     torch.testing.assert_close(model.filter(alone).state, model.filter(data).state[:1])
+    loss = model.loss(alone).sum()
+    loss.backward()  # a batch of them trains nothing, and breaks nothing
+    assert all(p.grad is None or not p.grad.any() for p in model.parameters())
     nothing = torch.zeros(0, 3, 6)
     assert model(nothing).shape == model.loss(nothing).shape == (0,)
     assert model.forecast(nothing, [1.0, 2.0])[0].shape == (0, 2, 2)
@@ -289,6 +292,7 @@ def test_targets():
     torch.testing.assert_close(scores.log_likelihood.sum(), expected[target].sum())
     torch.testing.assert_close(scores.squared_error.sum(), (pre[:, :2] - data.values)[target].square().sum())
     torch.testing.assert_close(model.evaluate(held), scores.log_likelihood)
+    assert torch.equal(model.metrics(held)["MSE"], scores.squared_error)
     torch.testing.assert_close(model(held).sum(), expected[masks != 0].sum())
     torch.testing.assert_close(model.evaluate(data), model(data))  # no targets: one step ahead
 
@@ -307,6 +311,24 @@ def test_gradient(options):
         )
 
     assert torch.autograd.gradcheck(loss, [p.detach().requires_grad_() for p in parameters])
+
+
+def test_second_derivative():
+    """Of the loss in a direction, by differences of its gradient."""
+    model, data = made(dtype=torch.float64, hidden=3, step=0.2), series(3, horizon=0.5, dtype=torch.float64)
+    weight = model.cell.hidden_weight
+    direction = torch.randn_like(weight)
+
+    def slope(**options):
+        return (torch.autograd.grad(model.loss(data).sum(), weight, **options)[0] * direction).sum()
+
+    (second,) = torch.autograd.grad(slope(create_graph=True), weight)
+    around = []
+    for shift in (1e-5, -2e-5):
+        with torch.no_grad():
+            weight.add_(shift * direction)
+        around.append(slope())
+    torch.testing.assert_close((second * direction).sum(), (around[0] - around[1]) / 2e-5, rtol=1e-6, atol=1e-8)
 
 
 class _Loss(torch.nn.Module):

@@ -56,9 +56,15 @@ void gather(const Linear<T>& l, int64_t n, const T* gy, const T* x, T* sums, con
   multiply(Product<T>{l.out, in, n, gy, 1, out, x, in, sums + part.weight, in, true});
   if (!l.bias.data()) return;
   T* b = sums + part.bias;
-  for (int64_t i = 0; i < n; ++i)
+  for (int64_t first = 0; first < n; first += kRun)  // a sum of sums rounds less than one long sum
+    for (int64_t j = 0; j < out; j += kPad) {
+      T sum[kPad] = {};
+      for (int64_t i = first; i < std::min(n, first + kRun); ++i)
 #pragma omp simd
-    for (int64_t j = 0; j < out; ++j) b[j] += gy[i * out + j];
+        for (int64_t c = 0; c < kPad; ++c) sum[c] += gy[i * out + j + c];
+#pragma omp simd
+      for (int64_t c = 0; c < kPad; ++c) b[j + c] += sum[c];
+    }
 }
 
 // --- backward of an evaluation, in place ------------------------------------------------------------------

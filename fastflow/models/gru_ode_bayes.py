@@ -62,7 +62,8 @@ class GRUODEBayes(nn.Module):
         mixing: lambda: 1e-4 belongs to the post_loss "code"; "paper" is smaller by orders, and wants about 1.
         post_loss: "code", the first of the two, as published code has it, or "paper", the second.
         observation_std: :math:`\sigma_{obs}`; for binary channels the chance that an observation is wrong.
-        binary: the channels that are 0 or 1, with Bernoulli predictions.
+        binary: the channels that are 0 or 1, with Bernoulli predictions; their second parameter only scales what prep
+            is told of the error.
         dropout: in all of these networks but prep while training; not with impute.
         horizon: T, until which the final state goes on; None: it is that after the last observation.
         classes: of a classifier of the final state, :meth:`classify`; 0: none. classes_hidden: its hidden layer.

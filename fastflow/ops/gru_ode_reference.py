@@ -34,33 +34,32 @@ def reference(
         return _cell(h, _observe(h, observe) if impute else None, hidden, inputs, CELLS[kind])
 
     rows_at, table = _plan(offsets, counts, sizes)
-    jumps, values, masks = jumps.cpu(), values, masks != 0
-    h, steps, order = h0, torch.zeros(len(h0), 3, dtype=torch.int64, device=h0.device), []
-    pre, post, states = ([h0.new_empty(0, n)] for n in (values.shape[1] * 2, values.shape[1] * 2, h0.shape[1]))
-    solver = METHODS[method]
+    device, jumps, masks, solver = h0.device, jumps.to(h0.device, torch.bool), masks != 0, METHODS[method]
+    h, steps, order = h0, torch.zeros(len(h0), 3, dtype=torch.int64, device=device), []
+    pre, post, states = ([h0.new_empty(0, n)] for n in (2 * values.shape[1], 2 * values.shape[1], h0.shape[1]))
+    left = _totals(offsets, counts).to(device)
     for tick in range(len(table) + 1):
         for rows, series in rows_at.get(tick, ()):
-            drop = None if dropout is None else dropout[rows.to(dropout.device)]
+            rows, series = rows.to(device), series.to(device)
+            drop = None if dropout is None else dropout[rows]
+            before, some = h[series], jumps[rows]
+            p = _observe(before, observe, None if drop is None else drop[:, 0])
+            after = _jump(before[some], p[some], values[rows[some]], masks[rows[some]], prep, gru)
+            h = h.index_copy(0, series[some], after)
+            again = _observe(after, observe, None if drop is None else drop[some, 1])
             order.append(rows)
-            before = h[series.to(h.device)]
-            pre.append(_observe(before, observe, None if drop is None else drop[:, 0]))
-            at = rows[jumps[rows]].to(h.device), series[jumps[rows]].to(h.device)
-            some = jumps[rows].to(h.device)
-            seen = masks[at[0]]
-            fresh = _jump(before[some], pre[-1][some], values[at[0]], seen, prep, gru)
-            h = h.index_copy(0, at[1], fresh)
-            states.append(h[series.to(h.device)])
-            again = _observe(fresh, observe, None if drop is None else drop[some, 1])
-            post.append(pre[-1].masked_scatter(some[:, None], again) if not some.all() else again)
-        if tick < len(table):
-            size = table[tick].to(h.device)
-            if solver.error:
-                h = _adaptive(f, h, size, solver, rtol, atol, max_steps, steps, tick)
-            else:
-                h = _fixed(f, h, size.to(h.dtype)[:, None], solver)
-                moved = (torch.arange(len(h0)) >= 0).to(h.device) & (tick < _totals(offsets, counts).to(h.device))
-                steps += moved[:, None] * steps.new_tensor([solver.stages, 1, 0])
-    back = torch.cat([torch.empty(0, dtype=torch.int64), *order]).argsort().to(h.device)
+            pre.append(p)
+            post.append(p.masked_scatter(some[:, None], again))
+            states.append(h[series])
+        if tick == len(table):
+            break
+        size = table[tick].to(device)
+        if solver.error:
+            h = _adaptive(f, h, size, solver, rtol, atol, max_steps, steps, tick)
+        else:
+            h = _fixed(f, h, size.to(h.dtype)[:, None], solver)
+            steps += (left > tick)[:, None] * steps.new_tensor([solver.stages, 1, 0])
+    back = torch.cat([torch.empty(0, dtype=torch.int64, device=device), *order]).argsort()
     return *(torch.cat(t)[back] for t in (pre, post)), h, torch.cat(states)[back], steps
 
 

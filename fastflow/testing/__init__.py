@@ -11,6 +11,7 @@ from fastflow.testing import (
     conv1x1,
     coupling,
     gaussian,
+    gru_ode,
     masked,
     mlp_coupling,
     planar,
@@ -35,6 +36,7 @@ _FAMILIES = (
     autoregressive,
     masked,
     sylvester,
+    gru_ode,
 )
 
 CASES: tuple[Case, ...] = tuple(case for family in _FAMILIES for case in family.cases())
