@@ -359,6 +359,7 @@ def test_forecasts_and_samples(trained, tmp_path, capsys):
         sample_command(out, "--out", tmp_path / "s.npz")
 
 
+@pytest.mark.slow
 def test_a_signal_leaves_a_filter_that_goes_on(trained):
     run, out = trained
     folder = out.parent / "stopped"
