@@ -45,6 +45,7 @@ class FFJORD(ContinuousFlow):
     The density of a model that was trained with probes: ``log_prob(x, trace="exact")``, or ``eval_trace="exact"``;
     an estimate with its standard error: ``log_prob_estimate(x)``.
 
+    >>> import torch
     >>> model = FFJORD(2, hidden=(16, 16), time=0.5, trace="exact")
     >>> x, log_prob = model.sample_and_log_prob(5)
     >>> bool(torch.allclose(model.log_prob(x), log_prob, atol=1e-3))

@@ -13,7 +13,7 @@ RECIPES = {
     "digits": Recipe(
         "ODENVP",
         lambda data: {"image_shape": data.shape, "hidden": (48, 48), **_SHORT},
-        TrainConfig(epochs=60, batch_size=64, lr=4e-3, warmup=50, cooldown=0.5, ema=0.99),
+        TrainConfig(epochs=40, batch_size=64, lr=4e-3, warmup=50, cooldown=0.5, ema=0.99),
     ),
     "mnist": Recipe(
         "ODENVP",
