@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fastflow.errors import SolverError
-from fastflow.ops import _check, cpu
+from fastflow.ops import _check
 from fastflow.ops._backend import Family, choose
 from fastflow.ops._op import any_grad, op, reference_vjp, second_order, without_autocast
 from fastflow.ops.ode_gradient import adjoint, replay, times_gradient
@@ -27,7 +27,7 @@ from fastflow.ops.trace_mlp import _materialised, _probes, _readable, network
 
 __all__ = ["Solution", "Steps", "mlp_ode"]
 
-KERNELS = ("cpu",) if hasattr(cpu._library, "mlp_ode_fwd") else ()
+KERNELS = ("cpu",)
 FAMILY = Family("ode", gpu=())
 
 

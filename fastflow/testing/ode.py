@@ -19,7 +19,7 @@ from fastflow.testing.case import Case, Inputs, randn
 from fastflow.testing.trace import _inputs, layers_of, permuted
 
 NARROW = {"tiny": (3, 2, (4,)), "odd": (19, 3, (17, 5)), "bench": (512, 2, (64, 64, 64))}
-WIDE = {"tiny": (4, 3, (130,)), "odd": (7, 5, (131, 145)), "bench": (64, 43, (430, 430))}
+WIDE = {"tiny": (16, 3, (130,)), "odd": (7, 5, (131, 145)), "bench": (64, 43, (430, 430))}
 
 
 def _make(size: str, sizes: dict, layer: str, activation: str) -> Inputs:
@@ -56,7 +56,7 @@ def _run(
 
 
 def _orders(inputs: Inputs) -> Iterator[Inputs]:
-    return ({**inputs, "order": torch.tensor(seed)} for seed in range(6))
+    return ({**inputs, "order": torch.tensor(seed)} for seed in range(12))
 
 
 def _case(
