@@ -27,8 +27,8 @@ from fastflow.ops.trace_mlp import _materialised, _probes, _readable, network
 
 __all__ = ["Solution", "Steps", "mlp_ode"]
 
-KERNELS = ("cpu",) if hasattr(cpu._library, "mlp_ode_fwd") else ()
-FAMILY = Family("ode", gpu=())
+KERNELS = (*(("cpu",) if hasattr(cpu._library, "mlp_ode_fwd") else ()), "cuda")
+FAMILY = Family("ode", gpu=("cuda",))
 
 
 class Steps(NamedTuple):
@@ -388,6 +388,8 @@ def mlp_ode(
 def _solve(backend, problem, gradient, checkpoints, x, times, probes, params):
     if x.shape[0] == 0 or backend not in KERNELS:
         backend = "reference"
+    if backend == "cuda" and (gradient == "adjoint" or not _fits(problem, x, probes, params)):
+        backend = "reference"
     wanted = any_grad(x, times, *params)
     # where nothing is to be integrated the graph has no parameters; they still get a gradient, of zeros
     nothing = x.shape[0] == 0 or (_readable(times) and bool(times[0] == times[-1]))
@@ -400,6 +402,14 @@ def _solve(backend, problem, gradient, checkpoints, x, times, probes, params):
     if wanted:
         values, traces, energies = replay(problem, path, x, times, probes, *params)
     return values, traces, energies, path.counts
+
+
+def _fits(problem: Problem, x: Tensor, probes: Tensor | None, params: Sequence[Tensor]) -> bool:
+    """Does what a sample's steps need fit into the shared memory of a GPU's block?"""
+    from fastflow.ops.cuda.ode import fits
+
+    stages = METHODS[problem.method].stages
+    return fits(x, probes, params, problem.layer, bool(problem.control.regularize), stages)
 
 
 def _times(times: Sequence[float] | Tensor) -> Tensor:
