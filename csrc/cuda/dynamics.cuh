@@ -16,6 +16,7 @@ namespace fastflow {
 
 constexpr int kLayers = 16;  // of a network, at most
 constexpr int kUnits = 4;    // of a thread
+constexpr int kPart = 16;    // terms of a sum that are added up by themselves: so rounding grows with their number less
 
 struct NetLayer {
   int64_t in, out;
@@ -101,16 +102,24 @@ FF_D void products(const NetTile<T>& t, const NetLayer& l, const T* in, int tang
       const int row = r == 0 ? 0 : chunk * R + r;
       at[r] = (row < tangents ? row : tangents) * t.samples + s;
     }
-#pragma unroll 4
-    for (int k = 0; k < int(l.in); ++k) {
-      T w[kUnits];
-      load<kUnits>(weight + k * groups * kUnits, true, 1, w);
+    for (int from = 0; from < int(l.in); from += kPart) {
+      T part[1 + R][kUnits] = {};
+      const int to = int(smaller(from + kPart, l.in));
+#pragma unroll 2
+      for (int k = from; k < to; ++k) {
+        T w[kUnits];
+        load<kUnits>(weight + k * groups * kUnits, true, 1, w);
 #pragma unroll
-      for (int r = 0; r <= R; ++r) {
-        const T y = in[k * t.stride + at[r]];
+        for (int r = 0; r <= R; ++r) {
+          const T y = in[k * t.stride + at[r]];
 #pragma unroll
-        for (int u = 0; u < kUnits; ++u) sum[r][u] += w[u] * y;
+          for (int u = 0; u < kUnits; ++u) part[r][u] += w[u] * y;
+        }
       }
+#pragma unroll
+      for (int r = 0; r <= R; ++r)
+#pragma unroll
+        for (int u = 0; u < kUnits; ++u) sum[r][u] += part[r][u];
     }
     finish(unit, 1 + chunk * R, s, sum);
   }
@@ -262,8 +271,8 @@ FF_D void parameters_bwd(const NetTile<T>& t, const NetLayer& l, const T* g, con
 // gin = Wᵀ g of the first `rows` rows. There is no barrier behind it.
 template <class T>
 FF_D void inputs_bwd(const NetTile<T>& t, const NetLayer& l, int rows, const T* g, T* gin) {
-  with_tangents(rows - 1, [&](auto number) {
-    constexpr int R = decltype(number)::value + 1;  // rows of a thread
+  with_number<1, 2>(rows < 2 ? 1 : 2, [&](auto number) {
+    constexpr int R = decltype(number)::value;  // rows of a thread
     const int s = t.sample(), n = int(l.in), padded = t.padded(l);
     const int groups = (n + kUnits - 1) / kUnits, chunks = (rows + R - 1) / R;
     for (int task = t.lane(); task < groups * chunks; task += t.lanes()) {
@@ -275,21 +284,29 @@ FF_D void inputs_bwd(const NetTile<T>& t, const NetLayer& l, int rows, const T* 
       for (int v = 0; v < kUnits; ++v) weight[v] = t.params + l.weight + (first + v < n ? first + v : n - 1) * padded;
 #pragma unroll
       for (int r = 0; r < R; ++r) at[r] = (chunk * R + r < rows ? chunk * R + r : rows - 1) * t.samples + s;
-      for (int m = 0; m < padded; m += kUnits) {
-        T gs[kUnits][R];
-#pragma unroll
-        for (int u = 0; u < kUnits; ++u)
-#pragma unroll
-          for (int r = 0; r < R; ++r) gs[u][r] = g[(m + u) * t.stride + at[r]];
-#pragma unroll
-        for (int v = 0; v < kUnits; ++v) {
-          T w[kUnits];
-          load<kUnits>(weight[v] + m, true, 1, w);
+      for (int from = 0; from < padded; from += kPart) {
+        T part[kUnits][R] = {};
+        const int to = int(smaller(from + kPart, padded));
+        for (int m = from; m < to; m += kUnits) {
+          T gs[kUnits][R];
 #pragma unroll
           for (int u = 0; u < kUnits; ++u)
 #pragma unroll
-            for (int r = 0; r < R; ++r) sum[v][r] += w[u] * gs[u][r];
+            for (int r = 0; r < R; ++r) gs[u][r] = g[(m + u) * t.stride + at[r]];
+#pragma unroll
+          for (int v = 0; v < kUnits; ++v) {
+            T w[kUnits];
+            load<kUnits>(weight[v] + m, true, 1, w);
+#pragma unroll
+            for (int u = 0; u < kUnits; ++u)
+#pragma unroll
+              for (int r = 0; r < R; ++r) part[v][r] += w[u] * gs[u][r];
+          }
         }
+#pragma unroll
+        for (int v = 0; v < kUnits; ++v)
+#pragma unroll
+          for (int r = 0; r < R; ++r) sum[v][r] += part[v][r];
       }
 #pragma unroll
       for (int v = 0; v < kUnits; ++v)

@@ -78,8 +78,8 @@ struct Solve {
     rows = features + tangents + int(a.ode.energies);
     begin = int64_t(blockIdx.x) * samples;
     sign = a.ode.time(a.ode.count) < a.ode.time(0) ? -1 : 1;
-    // a, b, error in T, and the one weight of an Euler step
-    const int n = method.stages * (method.stages + 2);
+    // a and b in T, and the one weight of an Euler step
+    const int n = method.stages * (method.stages + 1);
     for (int i = threadIdx.x; i <= n; i += kThreads) table[i] = i < n ? T(method.a[i]) : T(1);
   }
   FF_D int64_t global(int s) const { return smaller(begin + s, a.ode.samples - 1); }
@@ -90,8 +90,8 @@ struct Solve {
   FF_D T combine(int stages, T h, const T* weights, int row, int s) const {
     T sum = T(0);
     for (int i = 0; i < stages; ++i)
-      if (weights[i] != T(0)) sum += h * weights[i] * slope(i, row, s);
-    return sum;
+      if (weights[i] != T(0)) sum += weights[i] * slope(i, row, s);
+    return h * sum;
   }
 };
 
@@ -137,9 +137,8 @@ FF_D void norms(const Solve<T>& o, int which, const Q& quantity, const O& other)
   const double rtol = o.a.rtol, atol = o.a.atol;
   const auto scale = [&](T u, T v) { return atol + rtol * most(double(abs(u)), double(abs(v))); };
   each(o.net, o.rows, [&](int row, int s) {
-    const T e = quantity(row, s);
-    const double error = over(double(e), scale(o.y[row * o.samples + s], other(row, s)));
-    o.errors[row * o.samples + s] = row < o.features || row >= o.features + o.tangents ? error * error : double(e);
+    const double e = quantity(row, s), error = over(e, scale(o.y[row * o.samples + s], other(row, s)));
+    o.errors[row * o.samples + s] = row < o.features || row >= o.features + o.tangents ? error * error : e;
   });
   each(o.net, 1, [&](int, int s) {
     double* const sums = o.sums + s * kNorms + which;
@@ -280,7 +279,7 @@ FF_D void apply(const Solve<T>& o) {
 template <class T>
 FF_D void work(const Solve<T>& o, int64_t phase) {
   const int stages = o.method.stages;
-  const T *const of_end = o.table + stages * stages, *const of_error = of_end + stages, *const one = of_error + stages;
+  const T *const of_end = o.table + stages * stages, *const one = of_end + stages;
   const int first = phase == kGuess || (phase == kStep && o.method.fsal);
   for (int i = first; i < (phase == kStep ? stages : first + 1); ++i)
     evaluate(o, i, phase == kGuess ? one : o.table + i * stages, phase == kGuess ? 1 : o.method.c[i]);
@@ -296,11 +295,13 @@ FF_D void work(const Solve<T>& o, int64_t phase) {
   norms(
       o, 0,
       [&](int row, int s) {
-        if (phase == kSlope) return start(row, s);
-        if (phase == kGuess) return o.slope(1, row, s) - o.slope(0, row, s);
-        const T unless_finite = end(row, s) - end(row, s);
-        if (!o.a.adaptive) return unless_finite;
-        return unless_finite + o.combine(stages, T(o.controls[s].h), of_error, row, s);
+        if (phase == kSlope) return double(start(row, s));
+        if (phase == kGuess) return double(o.slope(1, row, s) - o.slope(0, row, s));
+        double error = double(end(row, s) - end(row, s));  // 0, or not a number
+        if (o.a.adaptive)                                  // these nearly cancel
+          for (int i = 0; i < stages; ++i)
+            if (o.method.error[i] != 0) error += o.controls[s].h * o.method.error[i] * double(o.slope(i, row, s));
+        return error;
       },
       end);
   const int s = int(threadIdx.x);

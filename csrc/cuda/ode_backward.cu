@@ -83,8 +83,8 @@ FF_D void enter_stage(const Undo<T>& o, int stage) {
   each(o.net, o.features, [&](int d, int s) {
     const Track& track = o.tracks[s];
     T sum = T(0);
-    for (int j = 0; j < stage; ++j) sum += T(track.h) * weights[j] * o.of(o.slopes, j, d, s);
-    o.net.at(o.input, d, 0, s) = o.y[d * o.samples + s] + sum;
+    for (int j = 0; j < stage; ++j) sum += weights[j] * o.of(o.slopes, j, d, s);
+    o.net.at(o.input, d, 0, s) = o.y[d * o.samples + s] + T(track.h) * sum;
     if (d == 0) o.net.times[s] = T(track.t + o.method.c[stage] * track.h);
   });
 }
@@ -140,10 +140,10 @@ FF_D void seed(const Undo<T>& o, int stage, int stages, const T* out) {
   const int D = o.features, S = o.tangents, all = o.method.stages;
   each(o.net, o.rows, [&](int row, int s) {  // of slopes and traces
     const Track& track = o.tracks[s];
-    const T h = T(track.h);
-    T g = h * o.table[all * all + stage] * o.gstate[row * o.samples + s];
+    T g = o.table[all * all + stage] * o.gstate[row * o.samples + s];
     if (row < D)
-      for (int l = stage + 1; l < stages; ++l) g += h * o.table[l * all + stage] * o.of(o.gstages, l, row, s);
+      for (int l = stage + 1; l < stages; ++l) g += o.table[l * all + stage] * o.of(o.gstages, l, row, s);
+    g *= T(track.h);
     for (int64_t i = track.before + 1; i <= track.last; ++i) {
       const double theta = (ode.time(i) - track.t) / track.h;
       g += T(track.h * o.method.dense(stage, theta)) * o.output_gradient(i, row, s);
@@ -187,8 +187,8 @@ FF_D void advance(const Undo<T>& o, int stages) {
   each(o.net, o.features, [&](int d, int s) {
     T sum = T(0);
     for (int j = 0; j < stages; ++j)
-      if (weights[j] != T(0)) sum += T(o.tracks[s].h) * weights[j] * o.of(o.slopes, j, d, s);
-    o.y[d * o.samples + s] += sum;
+      if (weights[j] != T(0)) sum += weights[j] * o.of(o.slopes, j, d, s);
+    o.y[d * o.samples + s] += T(o.tracks[s].h) * sum;
   });
 }
 

@@ -13,7 +13,7 @@ __all__ = ["USUAL", "Instance"]
 
 
 # those that would spill with three
-RESIDENT = {"coupling_bwd": 2, "gaussian_kl_bwd": 2, "conv1x1_bwd": 2, "ode_solve": 2, "ode_step": 2, "ode_bwd": 2}
+RESIDENT = {"coupling_bwd": 2, "gaussian_kl_bwd": 2, "conv1x1_bwd": 2, "ode_solve": 1, "ode_step": 2, "ode_bwd": 2}
 
 
 class Instance(NamedTuple):
@@ -33,7 +33,7 @@ class Instance(NamedTuple):
     @property
     def resident(self) -> int:
         """Blocks of a multiprocessor that registers are kept for: three have 80 each, which is what most need."""
-        return RESIDENT.get(self.kernel, 3) - ("double" in self.parameters)
+        return max(1, RESIDENT.get(self.kernel, 3) - ("double" in self.parameters))
 
     @property
     def entry(self) -> str:

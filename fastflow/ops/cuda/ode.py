@@ -47,7 +47,7 @@ def _forward_places(net: Network, tangents: int, energies: int, stages: int, ele
     rows, stride, dim = net.widths[0] + tangents + energies, _stride(tangents, tile), net.widths[0]
     places = Places(element).take(net.starts[-1] if copied else 0, tile, dim * stride)
     places.take(max(net.padded) * stride, max(net.padded) * stride, rows * tile, rows * tile, stages * rows * tile)
-    places.take((1 + tangents) * tile, stages * (stages + 2) + 1)
+    places.take((1 + tangents) * tile, stages * (stages + 1) + 1)
     places.take(max(rows * tile, 8), NORMS * tile, CONTROL * tile, VERDICT * tile, 1, element=8)
     return places
 
