@@ -7,13 +7,12 @@ from torch.nn import functional as F
 
 import fastflow
 from fastflow import ops
-from fastflow.ops.ode import KERNELS
 from fastflow.ops.ode_method import METHODS
 from fastflow.ops.trace_mlp import ACTIVATIONS, LAYERS, sweep
 from fastflow.testing.case import randn
 
 ADAPTIVE = [name for name, method in METHODS.items() if method.error]
-BACKENDS = ("reference", *(name for name in KERNELS if name == "cpu"))
+BACKENDS = ("reference", "cpu")
 
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
 
@@ -577,7 +576,6 @@ def test_half_precision_and_probes(backend):
     assert drawn.trace.shape == (1, 4, 6) and torch.equal(drawn.trace, given.trace)
 
 
-@pytest.mark.skipif("cpu" not in KERNELS, reason="no kernels to trace")
 @pytest.mark.parametrize("gradient", ["steps", "adjoint"])
 def test_compile(gradient):
     layers = mlp("concat", hidden=(8,), dtype=torch.float32)
@@ -596,7 +594,6 @@ def test_compile(gradient):
         assert torch.equal(a, b)
 
 
-@pytest.mark.skipif("cpu" not in KERNELS, reason="no kernels")
 @pytest.mark.parametrize("hidden", [(64, 33), (200, 40)])
 @pytest.mark.parametrize("per_sample", [False, True])
 def test_the_same_bits_on_any_number_of_threads(hidden, per_sample):

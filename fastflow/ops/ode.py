@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fastflow.errors import SolverError
-from fastflow.ops import _check, cpu
+from fastflow.ops import _check
 from fastflow.ops._backend import Family, choose
 from fastflow.ops._op import any_grad, op, reference_vjp, second_order, without_autocast
 from fastflow.ops.ode_gradient import adjoint, replay, times_gradient
@@ -27,8 +27,8 @@ from fastflow.ops.trace_mlp import _materialised, _probes, _readable, network
 
 __all__ = ["Solution", "Steps", "mlp_ode"]
 
-KERNELS = ("cpu",) if hasattr(cpu._library, "mlp_ode_fwd") else ()
-FAMILY = Family("ode", gpu=())
+KERNELS = ("cpu", "cuda")
+FAMILY = Family("ode", gpu=("cuda",))
 
 
 class Steps(NamedTuple):
@@ -127,7 +127,7 @@ def _backward(
 @op(
     f"mlp_ode_adjoint({_PROBLEM}, int max_steps, Tensor values, Tensor gvalues, Tensor gtraces, Tensor genergies)"
     " -> Tensor[]",
-    backends=KERNELS,
+    backends=("cpu",),
 )
 def _adjoint(
     kernel, x, times, probes, params, method, layer, activation, control, max_steps, values, gvalues, gtraces,
@@ -306,7 +306,7 @@ def mlp_ode(
 
 
 def _solve(backend, problem, gradient, checkpoints, x, times, probes, params):
-    if x.shape[0] == 0 or backend not in KERNELS:
+    if x.shape[0] == 0 or backend == "cuda" and (gradient == "adjoint" or not _fits(problem, x, probes, params)):
         backend = "reference"
     wanted = any_grad(x, times, *params)
     # where nothing is to be integrated the graph has no parameters; they still get a gradient, of zeros
@@ -320,6 +320,14 @@ def _solve(backend, problem, gradient, checkpoints, x, times, probes, params):
     if wanted:
         values, traces, energies = replay(problem, path, x, times, probes, *params)
     return values, traces, energies, path.counts
+
+
+def _fits(problem: Problem, x: Tensor, probes: Tensor | None, params: Sequence[Tensor]) -> bool:
+    """Does what a sample's steps need fit into the shared memory of a GPU's block?"""
+    from fastflow.ops.cuda.ode import fits
+
+    stages = METHODS[problem.method].stages
+    return fits(x, probes, params, problem.layer, bool(problem.control.regularize), stages)
 
 
 def _times(times: Sequence[float] | Tensor) -> Tensor:

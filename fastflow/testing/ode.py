@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 
 from fastflow import ops
+from fastflow.ops._backend import BACKENDS
 from fastflow.ops.ode_method import METHODS
 from fastflow.testing.case import Case, Inputs, randn
 from fastflow.testing.trace import _inputs, layers_of, permuted
 
 NARROW = {"tiny": (3, 2, (4,)), "odd": (19, 3, (17, 5)), "bench": (512, 2, (64, 64, 64))}
-WIDE = {"tiny": (4, 3, (130,)), "odd": (7, 5, (131, 145)), "bench": (64, 43, (430, 430))}
+WIDE = {"tiny": (16, 3, (130,)), "odd": (7, 5, (131, 145)), "bench": (64, 43, (430, 430))}
 
 
 def _make(size: str, sizes: dict, layer: str, activation: str) -> Inputs:
@@ -56,7 +57,7 @@ def _run(
 
 
 def _orders(inputs: Inputs) -> Iterator[Inputs]:
-    return ({**inputs, "order": torch.tensor(seed)} for seed in range(6))
+    return ({**inputs, "order": torch.tensor(seed)} for seed in range(12))
 
 
 def _case(
@@ -83,7 +84,8 @@ def _case(
         keep=tuple(make("tiny"))[1:],
         orders=_orders,
         # adaptive steps move with the inputs; finite differences through hundreds of wide units would take minutes
-        derivatives=0 if METHODS[method].error and "step_size" not in options or wide else 2,
+        derivatives=0 if METHODS[method].error and "step_size" not in options or wide or "gradient" in options else 2,
+        backends=("cpu", "reference") if options.get("gradient") == "adjoint" else BACKENDS,
         selftest=selftest,
     )
 
@@ -93,6 +95,8 @@ def cases() -> Iterator[Case]:
     yield _case("dopri5", "concat_squash", "softplus", 1, (1.0, 0.4, 0.1, 0.1, -0.5), regularize=True, selftest=True)
     yield _case("dopri5", "concat_squash", "tanh", 3, (0.0, 1.0), per_sample=True, regularize=True)
     yield _case("dopri5", "concat", "silu", None, per_sample=True)
+    yield _case("dopri5", "concat", "softplus", 2, (0.0, 0.6, 1.0), gradient="adjoint", regularize=True)
+    yield _case("rk4", "concat_squash", "tanh", None, step_size=0.3, per_sample=True, gradient="adjoint")
     yield _case("dopri5", "ignore", "elu", 0)
     yield _case("dopri5", "concat_squash", "tanh", 1, wide=True, selftest=True)
     yield _case("dopri5", "concat", "tanh", 1, (0.0, 0.5), step_size=0.2)

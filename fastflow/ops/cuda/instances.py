@@ -12,7 +12,8 @@ from typing import NamedTuple
 __all__ = ["USUAL", "Instance"]
 
 
-RESIDENT = {"coupling_bwd": 2, "gaussian_kl_bwd": 2, "conv1x1_bwd": 2}  # those that would spill with three
+# those that would spill with three
+RESIDENT = {"coupling_bwd": 2, "gaussian_kl_bwd": 2, "conv1x1_bwd": 2, "ode_solve": 1, "ode_step": 2, "ode_bwd": 2}
 
 
 class Instance(NamedTuple):
@@ -32,7 +33,7 @@ class Instance(NamedTuple):
     @property
     def resident(self) -> int:
         """Blocks of a multiprocessor that registers are kept for: three have 80 each, which is what most need."""
-        return RESIDENT.get(self.kernel, 3) - ("double" in self.parameters)
+        return max(1, RESIDENT.get(self.kernel, 3) - ("double" in self.parameters))
 
     @property
     def entry(self) -> str:
@@ -89,6 +90,7 @@ _MLP_COUPLING = {
     "mlp_coupling_bwd": "StackBackward",
     "mlp_coupling_finish": "StackFinish",
 }
+_ODE = {"ode_solve": "OdeForward", "ode_step": "OdeForward"}
 _SYLVESTER = {"sylvester_fwd": "SylvesterForward", "sylvester_bwd": "SylvesterBackward"}
 
 USUAL = [
@@ -111,6 +113,8 @@ USUAL = [
     *_steps("trace", {"trace_activation_fwd": "Dual", "trace_activation_bwd": "DualBackward"}, _ACCUMULATORS),
     *_each("wavenet", {"wavenet_gate_fwd": "GateRows", "wavenet_gate_bwd": "GateRows"}, _ACCUMULATORS),
     *_each("wavenet", {"wavenet_generate": "Generate"}, _ACCUMULATORS),
+    *_each("ode", _ODE, _ACCUMULATORS),
+    *_each("ode_backward", {"ode_bwd": "OdeBackward"}, _ACCUMULATORS),
     *_sweeps(),
     *_each("sums", {"finish_sums": "Finish"}, _ACCUMULATORS),
 ]

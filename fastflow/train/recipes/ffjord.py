@@ -36,7 +36,7 @@ _TOY = Recipe(
     ),
 )
 _ROWS = TrainConfig(
-    epochs=20, batch_size=200, lr=2e-3, clip=None, cooldown=0.7, ema=0.99, weight_decay=1e-6, patience=5
+    epochs=60, batch_size=100, lr=5e-3, clip=None, cooldown=0.7, ema=0.99, weight_decay=1e-4, patience=8
 )
 
 RECIPES = {
