@@ -24,7 +24,8 @@ from fastflow.ops.ode_method import METHODS
 
 __all__ = ["Cell", "Filtered", "Gru", "Observe", "Prep", "Schedule", "gru_ode_filter"]
 
-FAMILY = Family("gru_ode", gpu=())
+FAMILY = Family("gru_ode", gpu=("cuda",))
+ADAPTIVE = Family("gru_ode", gpu=())  # on a GPU the reference
 
 
 class Cell(NamedTuple):
@@ -114,7 +115,7 @@ def _faults() -> Iterator[None]:
         raise SolverError(str(error)) from None
 
 
-@op(f"gru_ode_fwd({_ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)", backends=("cpu",))
+@op(f"gru_ode_fwd({_ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)", backends=("cpu", "cuda"))
 def _forward(kernel, h0, values, masks, *rest):
     rows, channels = values.shape
     pre, post = h0.new_empty(rows, 2 * channels), h0.new_empty(rows, 2 * channels)
@@ -127,7 +128,7 @@ def _forward(kernel, h0, values, masks, *rest):
 
 @op(
     f"gru_ode_bwd({_ARGUMENTS}, Tensor states, Tensor gpre, Tensor gpost, Tensor gstate, Tensor gstates) -> Tensor[]",
-    backends=("cpu",),
+    backends=("cpu", "cuda"),
 )
 def _backward(kernel, h0, values, masks, dropout, params, *rest):
     gh0, gvalues, gparams = torch.empty_like(h0), torch.empty_like(values), [torch.empty_like(p) for p in params]
@@ -248,7 +249,7 @@ def gru_ode_filter(
     _numbers(method, rtol, atol, max_steps)
     _schedule(schedule, values.shape[0], h0.shape[0], bool(METHODS[method].error))
     dtype = accumulator(h0.dtype)
-    backend = choose(FAMILY, (h0, values, dropout, *params), backend)
+    backend = choose(ADAPTIVE if METHODS[method].error else FAMILY, (h0, values, dropout, *params), backend)
     h0, values, dropout, *params = (
         t if t is None or t.dtype == dtype else t.to(dtype) for t in (h0, values, dropout, *params)
     )
@@ -265,7 +266,7 @@ def gru_ode_filter(
                 if (fault := where(*steps, out[0].detach(), out[3].detach(), out[2].detach())) is not None:
                     raise SolverError(fault)
             return Filtered(*out)
-        native = (*(t.contiguous() for t in steps), schedule.jumps.to(torch.int64))
+        native = tuple(t.to(h0.device).contiguous() for t in (*steps, schedule.jumps.to(torch.int64)))
         h0, values, *params = (t.contiguous() for t in (h0, values, *params))
         dropout = None if dropout is None else dropout.contiguous()
         if any_grad(h0, values, *params):

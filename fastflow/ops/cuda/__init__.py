@@ -27,6 +27,7 @@ FAMILIES = (
     "autoregressive",
     "mlp_coupling",
     "wavenet",
+    "gru_ode",
 )
 
 _kernels: dict[str, Callable[..., None]] = {}

@@ -12,7 +12,13 @@ from typing import NamedTuple
 __all__ = ["USUAL", "Instance"]
 
 
-RESIDENT = {"coupling_bwd": 2, "gaussian_kl_bwd": 2, "conv1x1_bwd": 2}  # those that would spill with three
+RESIDENT = {
+    "coupling_bwd": 2,
+    "gaussian_kl_bwd": 2,
+    "conv1x1_bwd": 2,
+    "gru_ode_fwd": 2,
+    "gru_ode_bwd": 2,
+}  # those that would spill with three
 
 
 class Instance(NamedTuple):
@@ -32,7 +38,7 @@ class Instance(NamedTuple):
     @property
     def resident(self) -> int:
         """Blocks of a multiprocessor that registers are kept for: three have 80 each, which is what most need."""
-        return RESIDENT.get(self.kernel, 3) - ("double" in self.parameters)
+        return max(1, RESIDENT.get(self.kernel, 3) - ("double" in self.parameters))
 
     @property
     def entry(self) -> str:
@@ -89,6 +95,7 @@ _MLP_COUPLING = {
     "mlp_coupling_bwd": "StackBackward",
     "mlp_coupling_finish": "StackFinish",
 }
+_GRU_ODE = {"gru_ode_fwd": "Filter", "gru_ode_bwd": "FilterBackward", "gru_ode_finish": "FilterFinish"}
 _SYLVESTER = {"sylvester_fwd": "SylvesterForward", "sylvester_bwd": "SylvesterBackward"}
 
 USUAL = [
@@ -101,6 +108,7 @@ USUAL = [
     *_each("conv1x1_weights", {"lu_weights_fwd": "Factors", "lu_weights_bwd": "Factors"}, _ONE),
     *_steps("gaussian", _GAUSSIAN, _THREE),
     *_steps("gaussian", {"gaussian_kl_fwd": "KlForward", "gaussian_kl_bwd": "KlBackward"}, _TWO),
+    *_each("gru_ode", _GRU_ODE, _ACCUMULATORS),
     *_each("planar", {"planar_fwd": "StepsForward", "planar_bwd": "StepsBackward"}, _BOTH_WAYS),
     *_each("planar", {"planar_finish": "StepsFinish"}, _ACCUMULATORS),
     *_each("radial", {"radial_fwd": "StepsForward", "radial_bwd": "StepsBackward"}, _BOTH_WAYS),
