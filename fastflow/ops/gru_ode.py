@@ -262,7 +262,7 @@ def gru_ode_filter(
         if backend == "reference":
             names = dict(zip(("offsets", "counts", "sizes", "jumps"), schedule, strict=True))
             out = reference(h0, values, masks, dropout, *params, **names, **meaning)
-            if not torch.compiler.is_compiling() and not transformed():
+            if _readable(h0):
                 if (fault := where(*steps, out[0].detach(), out[3].detach(), out[2].detach())) is not None:
                     raise SolverError(fault)
             return Filtered(*out)
@@ -327,7 +327,7 @@ def _rows(h0, schedule, values, masks, dropout, p: int, impute: bool) -> None:
         if impute:
             raise ValueError("dropout: expected None with impute=True, whose predictions are part of the dynamics")
         _check.beside("dropout", dropout, h0, (n, 2, p), "h0")
-    if not torch.compiler.is_compiling() and not transformed():
+    if _readable(values):
         bad = ~(values.isfinite() | (masks == 0))
         if bool(bad.any()):
             row, channel = bad.nonzero()[0].tolist()
@@ -346,7 +346,7 @@ def _schedule(schedule: Schedule, rows: int, series: int, adaptive: bool) -> Non
                 f"schedule.{name}: expected {shape} of {dtype} for {rows} rows of {series} series, got"
                 f" {list(tensor.shape)} of {tensor.dtype}"
             )
-    if torch.compiler.is_compiling() or transformed():
+    if not _readable(schedule.counts):
         return
     if adaptive and bool((schedule.counts > 1).any()):
         raise ValueError("schedule.counts: expected 0 or 1, intervals, with an adaptive method")
@@ -363,6 +363,12 @@ def _schedule(schedule: Schedule, rows: int, series: int, adaptive: bool) -> Non
             raise ValueError(
                 f"schedule.{name}: expected finite numbers of at least 0, got {tensor[segment].item()} {place}"
             )
+
+
+def _readable(tensor: Tensor) -> bool:
+    """May the host look at values now?"""
+    capturing = tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+    return not (torch.compiler.is_compiling() or transformed() or capturing)
 
 
 def _numbers(method: str, rtol: float, atol: float, max_steps: int) -> None:
