@@ -16,7 +16,7 @@ class MissingPackage(UserError, ImportError):
 
 
 class SolverError(RuntimeError):
-    """An integration that cannot go on: where it stopped, and the first sample that is to blame."""
+    """A differential equation that could not be integrated: where, at which step and for which sample."""
 
 
 def need(module: str, package: str) -> ModuleType:

@@ -12,6 +12,7 @@ from fastflow.ops.gru_ode import gru_ode_filter
 from fastflow.ops.masked import masked_linear, masked_mlp
 from fastflow.ops.mlp_coupling import mlp_coupling
 from fastflow.ops.mlp_stack import ActNormStep, CouplingStep, MLPStack, PermutationStep
+from fastflow.ops.ode import Solution, Steps, mlp_ode
 from fastflow.ops.orthonormal import orthogonality, orthonormal
 from fastflow.ops.planar import planar
 from fastflow.ops.radial import radial
@@ -30,6 +31,8 @@ __all__ = [
     "PermutationStep",
     "Rademacher",
     "ScaleMap",
+    "Solution",
+    "Steps",
     "TraceEstimate",
     "WaveNetWeights",
     "actnorm",
@@ -49,6 +52,7 @@ __all__ = [
     "mlp_coupling",
     "masked_linear",
     "masked_mlp",
+    "mlp_ode",
     "mlp_trace",
     "orthogonality",
     "orthonormal",

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastflow.ops import _check
-from fastflow.ops._backend import Family, choose
+from fastflow.ops._backend import Family, choose, transformed
 from fastflow.ops._op import accumulator, any_grad, op, reference_vjp, second_order, without_autocast
 from fastflow.ops.trace import Rademacher, signs
 
@@ -31,7 +31,11 @@ LAYERS = ("concat", "concat_squash", "ignore")  # as in csrc/cpu/trace.cpp
 # up to this width a block of samples stays in the cache through all layers; wider ones, and others, go one by one
 FUSED_WIDTH = {"cpu": 128}
 
-_PARAMETERS = {"concat": 2, "concat_squash": 5, "ignore": 2}
+# what the kernels do not know is written in what they do: a gate alone with a shift of 0; a sigmoid(beta a) as
+# silu(beta a) / beta, with beta in the layer before and 1 / beta in the layer after
+WRITTEN_AS = {"squash": "concat_squash", "swish": "silu"}
+
+_PARAMETERS = {"concat": 2, "concat_squash": 5, "ignore": 2, "squash": 4}
 _NAMES = ("weight", "bias", "gate_weight", "gate_bias", "hyper_weight")
 
 
@@ -40,14 +44,26 @@ _NAMES = ("weight", "bias", "gate_weight", "gate_bias", "hyper_weight")
 
 def reference(x: Tensor, t: Tensor, probes: Tensor, *params: Tensor, layer: int, activation: int):
     """(f(x, t) [B, D], e . J e [S, B]) in plain PyTorch. x [B, D]; t []; probes e [S, B, D]."""
+    y, tangent = sweep(x, t, probes, params, layer, activation)
+    return y, (tangent * probes).sum(2)
+
+
+def sweep(x: Tensor, t: Tensor, probes: Tensor | None, params: Sequence[Tensor], layer: int, activation: int):
+    """(f(x, t) [B, D], J e [S, B, D] or None without probes). t [], or a time for every sample, [B, 1]."""
     y, tangent = x, probes
-    layers = _affine(t, params, layer)
-    for i, (weight, bias) in enumerate(layers):
-        y, tangent = F.linear(y, weight, bias), F.linear(tangent, weight)
+    layers = _layers(params, layer)
+    for i, (weight, bias, *gating) in enumerate(layers):
+        if LAYERS[layer] == "concat":
+            weight, bias = weight[:, 1:], bias + t * weight[:, 0]
+        y = F.linear(y, weight) + bias
+        tangent = None if tangent is None else F.linear(tangent, weight)
+        if gating:
+            gate, shift = _gate(t, *gating)
+            y, tangent = gate * y + shift, None if tangent is None else gate * tangent
         if i + 1 < len(layers):
             y, slope = _activate(y, ACTIVATIONS[activation])
-            tangent = slope * tangent
-    return y, (tangent * probes).sum(2)
+            tangent = None if tangent is None else slope * tangent
+    return y, tangent
 
 
 def _activate(a: Tensor, activation: str) -> tuple[Tensor, Tensor]:
@@ -227,8 +243,8 @@ def mlp_trace(
     t: Tensor | float,
     layers: Sequence[Sequence[Tensor]],
     *,
-    activation: Literal["tanh", "softplus", "elu", "silu"] = "tanh",
-    layer: Literal["concat", "concat_squash", "ignore"] = "concat",
+    activation: Literal["tanh", "softplus", "elu", "silu", "swish"] = "tanh",
+    layer: Literal["concat", "concat_squash", "ignore", "squash"] = "concat",
     probes: Tensor | Rademacher | None = None,
     exact: bool = False,
     backend: str | None = None,
@@ -242,7 +258,9 @@ def mlp_trace(
             ``concat``: (weight [m, 1 + n], bias [m]), the layer is weight [t, y] + bias;
             ``concat_squash``: (weight [m, n], bias [m], gate_weight [m, 1], gate_bias [m], hyper_weight [m, 1]), the
             layer is (weight y + bias) sigmoid(gate_weight t + gate_bias) + hyper_weight t;
+            ``squash``: (weight [m, n], bias [m], gate_weight [m, 1], gate_bias [m]), the same without the last term;
             ``ignore``: (weight [m, n], bias [m]).
+        activation: ``swish``, a sigmoid(beta a), has a beta [], not 0, as one more parameter of the layers it follows.
         probes: e, [S, B, D] or [B, D], from :func:`fastflow.probes`; they count as constants. Or
             :class:`fastflow.Rademacher`: signs that a kernel makes of a seed where it needs them.
         exact: the trace itself by D unit tangents instead; for small D.
@@ -269,18 +287,14 @@ def mlp_trace(
     _check.floating("x", x)
     if x.dim() != 2:
         raise ValueError(f"x: expected [B, D], got {list(x.shape)}")
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation: expected one of {', '.join(ACTIVATIONS)}, got {activation!r}")
-    if layer not in LAYERS:
-        raise ValueError(f"layer: expected one of {', '.join(LAYERS)}, got {layer!r}")
     dtype = accumulator(x.dtype)
     probes, count, seed, reduce = _probes(x, probes, exact)
     time = _time(t, x)
-    params = _parameters(x, layers, layer)
-    backend = choose(FAMILY, (x, probes, *params), backend)
-    tensors = tuple(p if p is None or p.dtype == dtype else p.to(dtype) for p in (x, time, probes, *params))
     with without_autocast(x):
-        value, trace = _run(backend, tensors, count, seed, LAYERS.index(layer), ACTIVATIONS.index(activation))
+        params, *kind = network(x, layers, layer, activation)
+        backend = choose(FAMILY, (x, probes, *params), backend)
+        tensors = tuple(p if p is None or p.dtype == dtype else p.to(dtype) for p in (x, time, probes, *params))
+        value, trace = _run(backend, tensors, count, seed, *kind)
     return value.to(x.dtype), {"sum": lambda: trace.sum(0), "only": lambda: trace[0], "all": lambda: trace}[reduce]()
 
 
@@ -304,7 +318,6 @@ def _run(
 def _materialised(x: Tensor, probes: Tensor | None, count: int = 0, seed: int = 0) -> Tensor:
     """The probes [S, B, D], made of the seed where they are not given."""
     return signs((count, *x.shape), seed, dtype=x.dtype, device=x.device) if probes is None else probes
-
 
 
 def _probes(x: Tensor, probes: Tensor | Rademacher | None, exact: bool) -> tuple[Tensor | None, int, int, str]:
@@ -336,27 +349,71 @@ def _time(t: Tensor | float, x: Tensor) -> Tensor:
     return t.reshape(()) if t.dim() else t
 
 
-def _parameters(x: Tensor, layers: Sequence[Sequence[Tensor]], layer: str) -> list[Tensor]:
-    """All parameters one after the other, checked."""
+def network(
+    x: Tensor, layers: Sequence[Sequence[Tensor]], layer: str, activation: str
+) -> tuple[list[Tensor], int, int]:
+    """All parameters one after the other in the accumulator's dtype, checked, and the kernels' (layer, activation)."""
+    if activation not in (*ACTIVATIONS, "swish"):
+        raise ValueError(f"activation: expected one of {', '.join(ACTIVATIONS)}, swish, got {activation!r}")
+    if layer not in _PARAMETERS:
+        raise ValueError(f"layer: expected one of {', '.join(_PARAMETERS)}, got {layer!r}")
+    params = _checked(x, layers, layer, activation == "swish")
+    dtype = accumulator(x.dtype)
+    params = [[p if p.dtype == dtype else p.to(dtype) for p in given] for given in params]
+    if activation == "swish":
+        params = _folded(params, layer)
+    if layer == "squash":
+        params = [[*given, torch.zeros_like(given[2])] for given in params]
+    kinds = (WRITTEN_AS.get(layer, layer), WRITTEN_AS.get(activation, activation))
+    return [p for given in params for p in given], LAYERS.index(kinds[0]), ACTIVATIONS.index(kinds[1])
+
+
+def _folded(params: list[list[Tensor]], layer: str) -> list[list[Tensor]]:
+    """The parameters with each layer's beta, its last one, in the weights around it."""
+    inverse, folded = None, []
+    for i, (weight, bias, *gating) in enumerate(params):
+        if inverse is not None and layer == "concat":
+            weight = torch.cat([weight[:, :1], inverse * weight[:, 1:]], 1)
+        elif inverse is not None:
+            weight = inverse * weight
+        if i + 1 < len(params):
+            *gating, beta = gating
+            beta = beta.reshape(())
+            weight, bias, inverse = beta * weight, beta * bias, 1 / beta
+            gating = [*gating[:2], *(beta * hyper for hyper in gating[2:])]
+        folded.append([weight, bias, *gating])
+    return folded
+
+
+def _checked(x: Tensor, layers: Sequence[Sequence[Tensor]], layer: str, swish: bool) -> list[list[Tensor]]:
     if not layers:
         raise ValueError("layers: expected at least one layer, got none")
     width, params = x.shape[1], []
     for i, given in enumerate(layers):
-        if len(given) != _PARAMETERS[layer]:
-            names = ", ".join(_NAMES[: _PARAMETERS[layer]])
-            raise ValueError(f"layers[{i}]: expected ({names}) for {layer!r}, got {len(given)} tensors")
+        names = _NAMES[: _PARAMETERS[layer]] + (("beta",) if swish and i + 1 < len(layers) else ())
+        if len(given) != len(names):
+            kind = f"{layer!r}" + (" with swish" if swish else "")
+            raise ValueError(f"layers[{i}]: expected ({', '.join(names)}) for {kind}, got {len(given)} tensors")
         out = given[0].shape[0]
-        expected = ((out, width + (layer == "concat")), (out,), (out, 1), (out,), (out, 1))
-        for name, tensor, shape in zip(_NAMES, given, expected, strict=False):
-            if tensor.shape != shape:
-                raise ValueError(f"layers[{i}] {name}: expected {list(shape)}, got {list(tensor.shape)}")
+        shapes = ((out, width + (layer == "concat")), (out,), (out, 1), (out,), (out, 1))
+        expected = dict(zip(_NAMES, shapes, strict=True)) | {"beta": ()}
+        for name, tensor in zip(names, given, strict=True):
+            if tensor.shape != expected[name] and not (name == "beta" and tensor.numel() == 1):
+                raise ValueError(f"layers[{i}] {name}: expected {list(expected[name])}, got {list(tensor.shape)}")
             if tensor.dtype != x.dtype or tensor.device != x.device:
                 _goes_with(x, f"layers[{i}] {name}", tensor)
-        params += given
+            if name == "beta" and _readable(tensor) and tensor.item() == 0:
+                raise ValueError(f"layers[{i}] beta: expected a number other than 0")
+        params.append(list(given))
         width = out
     if width != x.shape[1]:
         raise ValueError(f"layers[{len(layers) - 1}]: expected {x.shape[1]} outputs like x, got {width}")
     return params
+
+
+def _readable(tensor: Tensor) -> bool:
+    """May its values be looked at, without waiting for a GPU?"""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling() and not transformed()
 
 
 def _goes_with(x: Tensor, name: str, tensor: Tensor) -> None:

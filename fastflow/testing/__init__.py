@@ -14,6 +14,7 @@ from fastflow.testing import (
     gru_ode,
     masked,
     mlp_coupling,
+    ode,
     planar,
     sylvester,
     trace,
@@ -37,6 +38,7 @@ _FAMILIES = (
     masked,
     sylvester,
     gru_ode,
+    ode,
 )
 
 CASES: tuple[Case, ...] = tuple(case for family in _FAMILIES for case in family.cases())

@@ -31,7 +31,8 @@ class Case:
     logdet: int | None = None
     """Which output is the log-determinant of the first output with respect to the first input."""
     derivatives: int = 2
-    """How many times the op may be differentiated."""
+    """How many times the op may be differentiated; 0: not against finite differences, as the gradient holds fixed what
+    the op chooses by its inputs."""
     dtypes: tuple[torch.dtype, ...] = DTYPES
     keep: tuple[str, ...] = field(default=())
     """Inputs that must stay as they are made: no other layout, no cast below float32."""

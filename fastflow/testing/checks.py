@@ -174,7 +174,7 @@ def check_logdet(case: Case, backend: str, dtype: torch.dtype = torch.float64, d
 
 def check_gradcheck(case: Case, backend: str, dtype: torch.dtype = torch.float64, device: str = "cpu") -> None:
     """First and second derivatives agree with finite differences."""
-    if dtype != torch.float64:
+    if dtype != torch.float64 or case.derivatives == 0:
         return
     inputs = cast(case, case.inputs("tiny"), dtype, device)
     names = [k for k, v in inputs.items() if v.is_floating_point()]

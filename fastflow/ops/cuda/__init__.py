@@ -28,6 +28,7 @@ FAMILIES = (
     "mlp_coupling",
     "wavenet",
     "gru_ode",
+    "ode",
 )
 
 _kernels: dict[str, Callable[..., None]] = {}

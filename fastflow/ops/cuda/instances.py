@@ -13,7 +13,16 @@ __all__ = ["USUAL", "Instance"]
 
 
 # those that would spill with three
-RESIDENT = {"coupling_bwd": 2, "gaussian_kl_bwd": 2, "conv1x1_bwd": 2, "gru_ode_fwd": 2, "gru_ode_bwd": 1}
+RESIDENT = {
+    "coupling_bwd": 2,
+    "gaussian_kl_bwd": 2,
+    "conv1x1_bwd": 2,
+    "gru_ode_fwd": 2,
+    "gru_ode_bwd": 1,
+    "ode_solve": 1,
+    "ode_step": 2,
+    "ode_bwd": 2,
+}
 
 
 class Instance(NamedTuple):
@@ -91,6 +100,7 @@ _MLP_COUPLING = {
     "mlp_coupling_finish": "StackFinish",
 }
 _GRU_ODE = {"gru_ode_fwd": "Filter", "gru_ode_bwd": "FilterBackward", "gru_ode_finish": "FilterFinish"}
+_ODE = {"ode_solve": "OdeForward", "ode_step": "OdeForward"}
 _SYLVESTER = {"sylvester_fwd": "SylvesterForward", "sylvester_bwd": "SylvesterBackward"}
 
 USUAL = [
@@ -114,6 +124,8 @@ USUAL = [
     *_steps("trace", {"trace_activation_fwd": "Dual", "trace_activation_bwd": "DualBackward"}, _ACCUMULATORS),
     *_each("wavenet", {"wavenet_gate_fwd": "GateRows", "wavenet_gate_bwd": "GateRows"}, _ACCUMULATORS),
     *_each("wavenet", {"wavenet_generate": "Generate"}, _ACCUMULATORS),
+    *_each("ode", _ODE, _ACCUMULATORS),
+    *_each("ode_backward", {"ode_bwd": "OdeBackward"}, _ACCUMULATORS),
     *_sweeps(),
     *_each("sums", {"finish_sums": "Finish"}, _ACCUMULATORS),
 ]

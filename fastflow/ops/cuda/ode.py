@@ -1,0 +1,204 @@
+"""Launches of csrc/cuda/ode.cu: of fixed steps and of control per sample one, of control by the batch one a step."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fastflow.ops import ode_reference as plain
+from fastflow.ops.cuda.dynamics import MOST_LAYERS, Network, Places, network, pack, unpack
+from fastflow.ops.cuda.plan import NULL, Address, Launch, Plan, Value, accumulates, planned
+from fastflow.ops.cuda.source import Instance
+from fastflow.ops.cuda.walk import THREADS
+from fastflow.ops.trace_mlp import _PARAMETERS, LAYERS
+
+__all__ = ["KERNELS", "fits"]
+
+SHARED_MEMORY = 64 * 1024  # bytes that every GPU since 2018 gives a block
+TILES = 128  # of a solve, before one has more than a sample
+TILE = 32  # samples of a tile, at most
+LAUNCHES = 8  # of steps before the host asks whether they were enough
+BLOCKS = 256  # of a backward, at most: each has a share of the parameters' gradients
+SHARES = 256 * 1024 * 1024  # bytes for these
+NORMS = 8  # kNorms
+CONTROL, VERDICT, TRACK = 9, 7, 8  # 8-byte fields of the structs
+
+DONE, NOT_FINITE, UNDERFLOW, TOO_MANY = 4, 5, 6, 7  # of enum Phase
+PHASE = 3  # its place in struct Control
+
+
+@functools.lru_cache(maxsize=256)
+def _numbers(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """Float64 numbers on the device."""
+    with torch.inference_mode(False):
+        return torch.tensor(values, dtype=torch.float64, device=device)
+
+
+def _stride(tangents: int, tile: int) -> int:
+    """From a unit's rows to the next one's."""
+    return (1 + tangents) * tile | 1
+
+
+def _forward_places(net: Network, tangents: int, energies: int, stages: int, element: int, tile: int, copied: bool):  # noqa: ANN202
+    """struct ForwardPlaces"""
+    rows, stride, dim = net.widths[0] + tangents + energies, _stride(tangents, tile), net.widths[0]
+    places = Places(element).take(net.starts[-1] if copied else 0, tile, dim * stride)
+    places.take(max(net.padded) * stride, max(net.padded) * stride, rows * tile, rows * tile, stages * rows * tile)
+    places.take((1 + tangents) * tile, stages * (stages + 1) + 1)
+    places.take(max(rows * tile, 8), NORMS * tile, CONTROL * tile, VERDICT * tile, 1, element=8)
+    return places
+
+
+def _backward_places(net: Network, tangents: int, energies: int, stages: int, element: int, tile: int, copied: bool):  # noqa: ANN202
+    """struct BackwardPlaces"""
+    rows, stride, dim = net.widths[0] + tangents + energies, _stride(tangents, tile), net.widths[0]
+    widest = max(net.padded)
+    places = Places(element).take(net.starts[-1] if copied else 0, tile, dim * stride, net.kept * stride)
+    places.take(widest * stride, widest * stride, 2 * widest * tile, dim * tile, stages * dim * tile)
+    places.take(stages * dim * tile, rows * tile, rows * tile, stages * (stages + 1))
+    return places.take(TRACK * tile, 1, element=8)
+
+
+def _tile(places, samples: int):  # noqa: ANN001, ANN202
+    """(samples of a tile, are the parameters copied?, the places of what a tile has), by ``places(tile, copied)``; or
+    None where not even one sample fits."""
+    most = 1
+    while most < TILE and 2 * most * TILES <= samples:
+        most *= 2
+    for copied in (True, False):
+        tile = most
+        while tile:
+            found = places(tile, copied)
+            if found.bytes <= SHARED_MEMORY:
+                return tile, copied, found
+            tile //= 2
+    return None
+
+
+def fits(x: Tensor, probes: Tensor | None, params: Sequence[Tensor], layer: int, regularize: bool, stages: int) -> bool:
+    """Is there room for a sample and all that its steps need, in the shared memory of a block?"""
+    if len(params) // _PARAMETERS[LAYERS[layer]] > MOST_LAYERS:
+        return False
+    net, sizes = network(x, params, layer, 0), (_tangents(probes), 2 * int(regularize), stages, x.element_size())
+    return all(_tile(functools.partial(p, net, *sizes), 1) for p in (_forward_places, _backward_places))
+
+
+def _tangents(probes: Tensor | None) -> int:
+    return 0 if probes is None else probes.shape[0]
+
+
+# arguments 0 to 6 are the packed parameters, the method, the times, the probes, and steps, counts and states
+def _ode(net: Network, probes, steps, states, times, x, tile: int, copied: bool, energies: int, exact: bool):  # noqa: ANN001, ANN202
+    """struct Ode"""
+    fields = net.fields(0, copied, _tangents(probes))
+    fields += [x.shape[0], tile, times.shape[0] - 1, energies, int(exact), states.shape[0], steps.shape[1]]
+    fields += [Address(1), Address(2), *([NULL] * 4 if probes is None else [Address(3), *probes.stride()])]
+    return [*fields, Address(4), Address(5), Address(6)]
+
+
+@functools.partial(planned, values=(16,))
+def _forward(
+    packed, method, times, probes, steps, counts, states, x, grid, values, traces, energies, status, state, control,
+    partial, turn: int, net: Network, stages: int, rtol: float, atol: float, exact: bool, max_steps: int,
+) -> Plan:  # fmt: skip
+    sizes = net, _tangents(probes), energies.shape[1], stages, x.element_size()
+    tile, copied, places = _tile(functools.partial(_forward_places, *sizes), x.shape[0])
+    fields = _ode(net, probes, steps, states, times, x, tile, copied, energies.shape[1], exact)
+    fields += [*places.starts, rtol, atol, int(grid is None), max_steps, NULL if grid is None else Address(8)]
+    fields += [Address(7), *x.stride(), Address(9), Address(10), Address(11), Address(12)]
+    batched = control is not None
+    blocks = -(-x.shape[0] // tile)
+    fields += [Address(13), Address(14), Address(15), blocks, Value(16)] if batched else [NULL, NULL, NULL, blocks, 0]
+    kernel = "ode_step" if batched else "ode_solve"
+    return Plan([Launch(Instance("ode", kernel, "OdeForward", (accumulates(x),)), blocks, fields, places.bytes)])
+
+
+def mlp_ode_fwd(
+    x, times, probes, params, method, layer: int, activation: int, control, max_steps: int, values, traces, energies,
+    steps, counts, states,
+) -> None:  # fmt: skip
+    rtol, atol, step_size, per_sample, exact, _ = control
+    net, stages, grid, device = network(x, params, layer, activation), int(method[0]), None, x.device
+    if step_size or not method[3]:
+        points = plain.grid(times.tolist(), step_size)
+        if len(points) - 1 > max_steps:
+            raise _failure(TOO_MANY, points[0], 1, points[1] - points[0], 0, max_steps)
+        grid = torch.tensor(points, dtype=torch.float64, device=device)
+    doubles = functools.partial(torch.empty, dtype=torch.float64, device=device)
+    status = doubles((x.shape[0], 5))
+    given = pack(params, net), _numbers(tuple(method), device), times.to(device), probes, steps, counts, states, x
+    given += grid, values, traces, energies, status
+    meaning = net, stages, float(rtol), float(atol), bool(exact), max_steps
+    if grid is not None or per_sample:
+        _forward(*given, None, None, None, 0, *meaning)
+        code, t, attempt, h, _ = status.cpu().unbind(1)
+        if (code > DONE).any():
+            # the first to fail, as if all went side by side
+            sample = int(torch.where(code > DONE, attempt, torch.inf).argmin())
+            raise _failure(code[sample], t[sample], attempt[sample], h[sample], sample, max_steps)
+        return
+    rows = x.shape[1] + traces.shape[1] + energies.shape[1]
+    state, partial = x.new_empty((2 + stages) * rows * x.shape[0]), doubles(2 * x.shape[0] * NORMS)
+    turns = torch.zeros((2, CONTROL), dtype=torch.int64, device=device)
+    while True:
+        for launch in range(LAUNCHES):  # an even number: the last leaves its turn to 0
+            _forward(*given, state, turns, partial, launch % 2, *meaning)
+        if (phase := turns[0, PHASE].item()) >= DONE:
+            break
+    if phase > DONE:
+        sample = int(status[:, 4].nan_to_num(torch.inf).argmax())
+        raise _failure(*status[sample, :4].tolist(), sample, max_steps)
+
+
+def _failure(code: float, t: float, attempt: float, h: float, sample: int, max_steps: int) -> RuntimeError:
+    what = {
+        NOT_FINITE: "the state or its derivative is not finite",
+        UNDERFLOW: "the step underflows",
+        TOO_MANY: f"more than {max_steps} steps",
+    }[int(code)]
+    return RuntimeError(f"{what} at t = {t:.6g}, step {int(attempt)}, h = {h:.3g}, first in sample {sample}")
+
+
+@planned
+def _backward(
+    packed, method, times, probes, steps, counts, states, x, gvalues, gtraces, genergies, gx, flat, net: Network,
+    stages: int, exact: bool, length: int,
+) -> Plan:  # fmt: skip
+    sizes = net, _tangents(probes), genergies.shape[1], stages, x.element_size()
+    tile, copied, places = _tile(functools.partial(_backward_places, *sizes), x.shape[0])
+    tiles, parameters = -(-x.shape[0] // tile), packed.numel()
+    blocks = min(tiles, BLOCKS, max(16, SHARES // (parameters * x.element_size())))
+    share = Address(0, 0, scratch=True)
+    fields = _ode(net, probes, steps, states, times, x, tile, copied, genergies.shape[1], exact)
+    fields += [*places.starts, Address(8), Address(9), Address(10), Address(11), *gx.stride(), share]
+    fields += [Address(1, 0, scratch=True), length, blocks, tiles]
+    types = (accumulates(x),)
+    finish = Instance("mlp_coupling", "mlp_coupling_finish", "StackFinish", types)
+    launches = [
+        Launch(Instance("ode_backward", "ode_bwd", "OdeBackward", types), blocks, fields, places.bytes),
+        Launch(finish, -(-parameters // THREADS), [share, Address(12), parameters, blocks]),
+    ]
+    return Plan(launches, [(blocks * parameters, x.dtype), (blocks * length * x.shape[1] * tile, x.dtype)])
+
+
+def mlp_ode_bwd(
+    x, times, probes, params, method, layer: int, activation: int, control, steps, counts, states, gvalues, gtraces,
+    genergies, gx, gparams,
+) -> None:  # fmt: skip
+    net, stages = network(x, params, layer, activation), int(method[0])
+    packed = pack(params, net)
+    flat = torch.empty_like(packed)
+    # the longest segment between two states that were kept
+    length = min(int(counts[:, 3].max()), int(counts[:, 1].max()))
+    grads = (g.contiguous() for g in (gvalues, gtraces, genergies))
+    _backward(
+        packed, _numbers(tuple(method), x.device), times.to(x.device), probes, steps, counts, states, x, *grads, gx,
+        flat, net, stages, bool(control[4]), length,
+    )  # fmt: skip
+    unpack(flat, net, gparams)
+
+
+KERNELS = {"mlp_ode_fwd": mlp_ode_fwd, "mlp_ode_bwd": mlp_ode_bwd}

@@ -1,0 +1,356 @@
+"""Continuous flows: an MLP's dynamics, the trace of its Jacobian and energies of the path, integrated in one call.
+
+    dx/dt = f(x, t),   d trace/dt = tr df/dx,   d kinetic/|dt| = |f|^2,   d jacobian/|dt| = |df/dx|_F^2
+
+Runge-Kutta stages, error norm and step control are all inside the call; the meaning is in ``ode_reference`` and
+``ode_gradient``, the methods in ``ode_method``, the network's sweep in ``trace_mlp``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastflow.errors import SolverError
+from fastflow.ops import _check
+from fastflow.ops._backend import Family, choose
+from fastflow.ops._op import any_grad, op, reference_vjp, second_order, without_autocast
+from fastflow.ops.ode_gradient import adjoint, replay, times_gradient
+from fastflow.ops.ode_method import METHODS
+from fastflow.ops.ode_reference import Control, Path, Problem, reference
+from fastflow.ops.trace import Rademacher
+from fastflow.ops.trace_mlp import _materialised, _probes, _readable, network
+
+__all__ = ["Solution", "Steps", "mlp_ode"]
+
+KERNELS = ("cpu", "cuda")
+FAMILY = Family("ode", gpu=("cuda",))
+
+
+class Steps(NamedTuple):
+    """What a solve took, int64: [] for the whole batch, [B] with ``per_sample``."""
+
+    evaluations: Tensor
+    """Of f (NFE)."""
+    accepted: Tensor
+    rejected: Tensor
+
+
+class Solution(NamedTuple):
+    """The path at ``times[1:]``, T of them."""
+
+    value: Tensor
+    """x, [T, B, D] in its dtype."""
+    trace: Tensor | None
+    """Integral of tr(df/dx) dt from times[0] on: [T, B] for the exact trace and a single probe [B, D], or of every
+    probe's estimate, [T, S, B]. Negative steps of time count negative. None without ``probes`` and ``exact``."""
+    kinetic: Tensor | None
+    """Integral of |f|^2 |dt|, [T, B], with ``regularize``."""
+    jacobian: Tensor | None
+    """Integral of |df/dx|_F^2 |dt|, [T, B], with ``regularize`` and a trace: exact, or the probes' mean |J e|^2."""
+    steps: Steps
+
+
+# --- contract ---------------------------------------------------------------------------------------
+# T outputs, B samples, S probes (0: no trace), R = 1 or, per sample, B controllers; all but what is marked float64 or
+# int64 in the dtype of x, float32 or float64. Meaning: ode_reference.py, whose arithmetic of steps a kernel repeats
+# (solve, _initial, _norms, _factor, grid, _Outputs).
+#
+#   times       [T + 1] float64, on the CPU, monotone; equal neighbours repeat a state. Nothing is evaluated where
+#               all are equal
+#   probes      [S, B, D], any strides
+#   method      Method.pack(): s, order, fsal, adaptive?, c [s], a [s, s], b [s], error [s], dense [s, 4]
+#   control     rtol, atol, step_size (0: none), per_sample, exact (1: estimates are summed, 0: averaged), regularize.
+#               Steps are fixed where step_size > 0 or the method is not adaptive; per_sample is then 0
+#   values      [T, B, D]; traces [T, S, B], single estimates; energies [T, 2 or 0, B], kinetic and jacobian
+#   steps       [max_steps, R, 2] float64: (t, h) of the accepted steps of controller r, h < 0 back in time; only the
+#               first counts[r, 1] are written
+#   counts      [R, 4] int64: evaluations, accepted, rejected, spacing
+#   states      [K, B, D]: x before the steps 0, spacing, 2 spacing, ... of its controller; spacing is 1 and doubles,
+#               every other state being dropped, whenever all K are in use
+#
+# An attempt whose error or state is not finite counts as rejected and the step shrinks to a fifth, until that is below
+# eps (of x's dtype) |times[-1] - times[0]|: "not finite"; so is f at the start, or a state after a fixed step.
+# B > 0. A solve that fails throws (C++: std::runtime_error) one of
+#   "the state or its derivative is not finite", "the step underflows", "more than {max_steps} steps", followed by
+#   " at t = %.6g, step %d, h = %.3g, first in sample %d"  (step: the attempt, from 1; sample: per sample its own, else
+#   the first that is not finite, or the one of the largest error)
+
+_PROBLEM = (
+    "Tensor x, Tensor times, Tensor? probes, Tensor[] params, float[] method, int layer, int activation,"
+    " float[] control"
+)
+
+
+@op(
+    f"mlp_ode_fwd({_PROBLEM}, int checkpoints, int max_steps) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    backends=KERNELS,
+)
+def _forward(kernel, x, times, probes, params, method, layer, activation, control, checkpoints, max_steps):
+    (samples, dim), outputs = x.shape, times.shape[0] - 1
+    rows = samples if control[3] else 1
+    values = x.new_empty((outputs, samples, dim))
+    traces = x.new_empty((outputs, 0 if probes is None else probes.shape[0], samples))
+    energies = x.new_empty((outputs, 2 if control[5] else 0, samples))
+    steps = x.new_empty((max_steps, rows, 2), dtype=torch.float64)
+    counts = x.new_empty((rows, 4), dtype=torch.int64)
+    states = x.new_empty((checkpoints, samples, dim))
+    _solving(
+        kernel, x, times, probes, params, method, layer, activation, control, max_steps,
+        values, traces, energies, steps, counts, states,
+    )  # fmt: skip
+    return values, traces, energies, steps, counts, states
+
+
+@op(
+    f"mlp_ode_bwd({_PROBLEM}, Tensor steps, Tensor counts, Tensor states, Tensor gvalues, Tensor gtraces,"
+    " Tensor genergies) -> Tensor[]",
+    backends=KERNELS,
+)
+def _backward(
+    kernel, x, times, probes, params, method, layer, activation, control, steps, counts, states, gvalues, gtraces,
+    genergies,
+):  # fmt: skip
+    """The exact gradient of the discrete map, its steps held fixed."""
+    gx, gparams = torch.empty_like(x), [torch.empty_like(p) for p in params]
+    kernel(
+        x, times, probes, params, method, layer, activation, control, steps, counts, states, gvalues, gtraces,
+        genergies, gx, gparams,
+    )  # fmt: skip
+    return [gx, *gparams]
+
+
+@op(
+    f"mlp_ode_adjoint({_PROBLEM}, int max_steps, Tensor values, Tensor gvalues, Tensor gtraces, Tensor genergies)"
+    " -> Tensor[]",
+    backends=("cpu",),
+)
+def _adjoint(
+    kernel, x, times, probes, params, method, layer, activation, control, max_steps, values, gvalues, gtraces,
+    genergies,
+):  # fmt: skip
+    """The continuous adjoint: ode_gradient.adjoint(); x itself is not read."""
+    gx, gparams = torch.empty_like(x), [torch.empty_like(p) for p in params]
+    _solving(
+        kernel, x, times, probes, params, method, layer, activation, control, max_steps, values, gvalues, gtraces,
+        genergies, gx, gparams,
+    )  # fmt: skip
+    return [gx, *gparams]
+
+
+def _solving(kernel, *arguments):
+    try:
+        kernel(*arguments)
+    except RuntimeError as error:
+        if type(error) is not RuntimeError:
+            raise
+        raise SolverError(str(error)) from None
+
+
+# --- gradient ---------------------------------------------------------------------------------------
+
+
+class _MlpOde(torch.autograd.Function):
+    """Saves x, the parameters, the steps and, for the gradient through them, ``checkpoints`` states."""
+
+    @staticmethod
+    def forward(ctx, backend, problem, gradient, checkpoints, x, times, probes, *params):
+        if backend == "reference":  # the adjoint: the gradient through the steps is autograd's own
+            values, traces, energies, path = reference(problem, x, times, probes, *params)
+            steps, counts, states = *path, None
+        else:
+            values, traces, energies, steps, counts, states = _run(
+                backend, problem, checkpoints if gradient == "steps" else 0, x, times, probes, params
+            )
+        ctx.backend, ctx.problem, ctx.gradient = backend, problem, gradient
+        ctx.save_for_backward(x, times, probes, steps, counts, states, values, *params)
+        ctx.mark_non_differentiable(counts)
+        return values, traces, energies, counts
+
+    @staticmethod
+    def backward(ctx, gvalues, gtraces, genergies, _):
+        x, times, probes, steps, counts, states, values, *params = ctx.saved_tensors
+        problem, grads = ctx.problem, (gvalues, gtraces, genergies)
+        if second_order():
+            path = Path(steps, counts)
+            found = reference_vjp(
+                lambda x, times, *params: replay(problem, path, x, times, probes, *params), (x, times, *params), grads
+            )
+            return *[None] * 4, *found[:2], None, *found[2:]
+        if ctx.backend == "reference":
+            found = adjoint(problem, times, probes, params, values, *grads)
+        else:
+            method = METHODS[problem.method].pack()
+            given = x, times, probes, params, method, problem.layer, problem.activation, list(problem.control)
+            if ctx.gradient == "steps":
+                found = _backward[ctx.backend](*given, steps, counts, states, *grads)
+            else:
+                found = _adjoint[ctx.backend](*given, problem.max_steps, values, *grads)
+        gtimes = None
+        if ctx.needs_input_grad[5]:
+            gtimes = times_gradient(problem, x, times, probes, params, values, found[0], grads)
+        return *[None] * 4, found[0], gtimes, None, *found[1:]
+
+
+def _run(backend, problem, checkpoints, x, times, probes, params):
+    method = METHODS[problem.method].pack()
+    return _forward[backend](
+        x, times, probes, params, method, problem.layer, problem.activation, list(problem.control), checkpoints,
+        problem.max_steps,
+    )  # fmt: skip
+
+
+# --- public -----------------------------------------------------------------------------------------
+
+
+def mlp_ode(
+    x: Tensor,
+    times: Sequence[float] | Tensor,
+    layers: Sequence[Sequence[Tensor]],
+    *,
+    activation: Literal["tanh", "softplus", "elu", "silu", "swish"] = "tanh",
+    layer: Literal["concat", "concat_squash", "ignore", "squash"] = "concat",
+    probes: Tensor | Rademacher | None = None,
+    exact: bool = False,
+    regularize: bool = False,
+    method: Literal["euler", "midpoint", "rk4", "bosh3", "dopri5", "tsit5"] = "dopri5",
+    rtol: float = 1e-5,
+    atol: float = 1e-5,
+    step_size: float | None = None,
+    per_sample: bool = False,
+    gradient: Literal["steps", "adjoint"] = "steps",
+    checkpoints: int = 32,
+    max_steps: int = 1000,
+    backend: str | None = None,
+) -> Solution:
+    r"""Solves :math:`\dot x = f(x, t)` for an MLP f, with the integral of :math:`\mathrm{tr}\, \partial_x f` along it.
+
+    With data at ``times[0]`` and a density p at the end, log p(x(0)) = log p(x(T)) + trace.
+
+    Args:
+        x: [B, D] at ``times[0]``.
+        times: [T + 1], increasing or decreasing (that integrates backwards); equal neighbours repeat the state.
+        layers, activation, layer, probes, exact: the network and its trace, as in :func:`fastflow.mlp_trace`;
+            neither probes nor exact: the value alone.
+        regularize: also the kinetic energy and the Jacobian's norm (RNODE, https://arxiv.org/abs/2002.02798).
+        method: ``euler``, ``midpoint`` and ``rk4`` (the 3/8 rule) have fixed steps: of ``step_size``, the last one
+            shortened, or from one time to the next. ``bosh3``, ``dopri5`` and ``tsit5`` choose theirs by ``rtol`` and
+            ``atol``, as torchdiffeq does; unless a ``step_size`` is given.
+        per_sample: every sample has steps of its own and its result does not depend on the batch.
+        gradient: ``steps``: exact for the steps that were made; ``checkpoints`` states are kept and those between
+            computed again, one forward sweep for a solve of at most ``checkpoints`` steps and two for a longer one.
+            ``adjoint``: by another solve, backwards and with the same tolerances: right to about those, in memory that
+            depends on neither. Both for x, the parameters and the times.
+        max_steps: of attempts, accepted or not.
+        backend: a backend by name; None chooses.
+
+    Raises:
+        SolverError: a state that is not finite, a step that underflows, more than ``max_steps`` steps: with the time,
+            the step and the sample.
+        ValueError, TypeError: naming the argument, what was expected and what came.
+        BackendError: the backend asked for cannot serve the call.
+
+    Papers: Neural ODE, https://arxiv.org/abs/1806.07366; FFJORD, https://arxiv.org/abs/1810.01367.
+
+    >>> layers = [(torch.randn(8, 1 + 2), torch.zeros(8)), (torch.randn(2, 1 + 8), torch.zeros(2))]
+    >>> x = torch.randn(5, 2)
+    >>> there = mlp_ode(x, (0, 1), layers, exact=True)
+    >>> there.value.shape, there.trace.shape
+    (torch.Size([1, 5, 2]), torch.Size([1, 5]))
+    >>> back = mlp_ode(there.value[-1], (1, 0), layers, exact=True)
+    >>> bool((back.value[-1] - x).abs().max() < 1e-2), bool((there.trace + back.trace).abs().max() < 1e-2)
+    (True, True)
+    """
+    _check.floating("x", x)
+    if x.dim() != 2:
+        raise ValueError(f"x: expected [B, D], got {list(x.shape)}")
+    if _readable(x) and not (good := x.isfinite().all(1)).all():
+        raise ValueError(f"x: expected finite values, got {x[~good][0].tolist()} in sample {int((~good).nonzero()[0])}")
+    times = _times(times)
+    fixed = _fixed(method, rtol, atol, step_size)
+    if gradient not in ("steps", "adjoint"):
+        raise ValueError(f"gradient: expected steps or adjoint, got {gradient!r}")
+    for name, number in (("checkpoints", checkpoints), ("max_steps", max_steps)):
+        if number < 1:
+            raise ValueError(f"{name}: expected at least 1, got {number}")
+    reduce = "none"
+    if exact or probes is not None:
+        probes, count, seed, reduce = _probes(x, probes, exact)
+        probes = _materialised(x, probes, count, seed)
+    control = Control(
+        float(rtol),
+        float(atol),
+        float(step_size or 0),
+        float(per_sample and not fixed),
+        float(exact),
+        float(regularize),
+    )
+    with without_autocast(x):
+        params, *kind = network(x, layers, layer, activation)
+        backend = choose(FAMILY, (x, probes, *params), backend)
+        problem = Problem(method, *kind, control, max_steps)
+        tensors = [p if p is None or p.dtype == params[0].dtype else p.to(params[0].dtype) for p in (x, probes)]
+        values, traces, energies, counts = _solve(
+            backend, problem, gradient, checkpoints, tensors[0], times, tensors[1], params
+        )
+    trace = {"none": lambda: None, "sum": lambda: traces.sum(1), "only": lambda: traces[:, 0], "all": lambda: traces}
+    of_all = counts[:, :3].expand(x.shape[0], 3).unbind(1) if per_sample else counts[0, :3].unbind(0)
+    kinetic, jacobian = energies.unbind(1) if regularize else (None, None)
+    return Solution(
+        values.to(x.dtype), trace[reduce](), kinetic, jacobian if reduce != "none" else None, Steps(*of_all)
+    )
+
+
+def _solve(backend, problem, gradient, checkpoints, x, times, probes, params):
+    if x.shape[0] == 0 or backend == "cuda" and (gradient == "adjoint" or not _fits(problem, x, probes, params)):
+        backend = "reference"
+    wanted = any_grad(x, times, *params)
+    # where nothing is to be integrated the graph has no parameters; they still get a gradient, of zeros
+    nothing = x.shape[0] == 0 or (_readable(times) and bool(times[0] == times[-1]))
+    if wanted and (backend != "reference" or gradient == "adjoint" or nothing):
+        return _MlpOde.apply(backend, problem, gradient, checkpoints, x, times, probes, *params)
+    if backend != "reference":
+        values, traces, energies, _, counts, _ = _run(backend, problem, 0, x, times, probes, params)
+        return values, traces, energies, counts
+    values, traces, energies, path = reference(problem, x, times, probes, *params)
+    if wanted:
+        values, traces, energies = replay(problem, path, x, times, probes, *params)
+    return values, traces, energies, path.counts
+
+
+def _fits(problem: Problem, x: Tensor, probes: Tensor | None, params: Sequence[Tensor]) -> bool:
+    """Does what a sample's steps need fit into the shared memory of a GPU's block?"""
+    from fastflow.ops.cuda.ode import fits
+
+    stages = METHODS[problem.method].stages
+    return fits(x, probes, params, problem.layer, bool(problem.control.regularize), stages)
+
+
+def _times(times: Sequence[float] | Tensor) -> Tensor:
+    """[T + 1] in float64 on the CPU, checked."""
+    if not isinstance(times, Tensor):
+        times = torch.tensor([float(t) for t in times], dtype=torch.float64)
+    times = times.to("cpu", torch.float64)
+    if times.dim() != 1 or times.shape[0] < 2:
+        raise ValueError(f"times: expected at least two, [T + 1], got {list(times.shape)}")
+    if _readable(times):
+        gaps = times.detach().diff()
+        if not times.isfinite().all() or ((gaps > 0).any() and (gaps < 0).any()):
+            raise ValueError(f"times: expected finite times that increase or decrease, got {times.tolist()}")
+    return times
+
+
+def _fixed(method: str, rtol: float, atol: float, step_size: float | None) -> bool:
+    """Are the steps fixed? After checks."""
+    if method not in METHODS:
+        raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
+    if step_size is not None and not (step_size > 0 and math.isfinite(step_size)):
+        raise ValueError(f"step_size: expected a positive number, got {step_size}")
+    fixed = step_size is not None or not METHODS[method].error
+    if not fixed and not (rtol >= 0 and atol >= 0 and 0 < rtol + atol < math.inf):
+        raise ValueError(f"rtol, atol: expected tolerances of at least 0 and not both 0, got {rtol} and {atol}")
+    return fixed

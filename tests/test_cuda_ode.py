@@ -1,0 +1,131 @@
+"""The CUDA kernels of mlp_ode, run by emulation: what the table of cases at its tiny size does not reach."""
+
+import emulation
+import pytest
+import torch
+
+import fastflow
+from fastflow import ops
+from fastflow.ops.cuda import ode as launches
+
+pytestmark = [
+    pytest.mark.skipif(emulation.CXX is None, reason="no C++ compiler"),
+    pytest.mark.usefixtures("emulated"),
+]
+
+
+def net(*widths, layer="concat_squash", seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    draw = lambda *shape: torch.randn(shape, dtype=torch.float64, generator=generator)  # noqa: E731
+    layers = []
+    for n, m in zip(widths[:-1], widths[1:], strict=True):
+        shapes = {"concat": ((m, n + 1), (m,)), "concat_squash": ((m, n), (m,), (m, 1), (m,), (m, 1))}[layer]
+        layers.append([draw(*shape) * (n**-0.5 if i == 0 else 0.5) for i, shape in enumerate(shapes)])
+    return layers
+
+
+def both(x, layers, *, times=(0.0, 1.0), layer="concat_squash", **options):
+    """Outputs, steps and gradients on the backend cuda and on the reference."""
+    found = []
+    for backend in ("cuda", "reference"):
+        leaves = [t.clone().requires_grad_() for t in (x, *(p for group in layers for p in group))]
+        each = len(layers[0])
+        groups = [leaves[1 + i : 1 + i + each] for i in range(0, len(leaves) - 1, each)]
+        solution = ops.mlp_ode(leaves[0], times, groups, layer=layer, backend=backend, **options)
+        outputs = [part for part in solution[:4] if part is not None]
+        total = sum((o.double() ** 2).mean() for o in outputs)
+        grads = torch.autograd.grad(total, leaves, allow_unused=True)
+        found.append((*outputs, *solution.steps, *(g for g in grads if g is not None)))
+    for value, expected in zip(*found, strict=True):
+        torch.testing.assert_close(value, expected, rtol=1e-9, atol=1e-11)
+    return solution
+
+
+X = torch.randn(7, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+
+
+@pytest.fixture
+def constants(monkeypatch):
+    """Sets constants of the launches; what was planned with others is forgotten."""
+
+    def forget():
+        for kernel in (launches._forward, launches._backward):
+            for cell in kernel.__closure__:
+                if isinstance(cell.cell_contents, dict):
+                    cell.cell_contents.clear()
+
+    def change(**values):
+        forget()
+        for name, value in values.items():
+            monkeypatch.setattr(launches, name, value)
+
+    yield change
+    forget()
+
+
+@pytest.mark.parametrize("per_sample", [False, True])
+@pytest.mark.parametrize("checkpoints", [1, 3])
+def test_several_samples_in_a_tile_and_tiles_of_a_block(constants, per_sample, checkpoints):
+    """And more steps than states that are kept."""
+    constants(TILES=1, TILE=2, BLOCKS=3)
+    options = {"per_sample": per_sample, "checkpoints": checkpoints, "exact": True, "rtol": 1e-5, "atol": 1e-7}
+    solution = both(X, net(3, 6, 3), times=(0.0, 0.4, 0.4, 2.0), **options)
+    assert solution.steps.accepted.max() > 4
+
+
+def test_parameters_that_do_not_fit(constants):
+    """They are then read where they are."""
+    constants(SHARED_MEMORY=2500)
+    both(X, net(3, 9, 5, 3), method="rk4", step_size=0.5, probes=torch.ones(1, 7, 3, dtype=torch.float64))
+
+
+def test_what_does_not_fit_is_served_by_the_reference(constants):
+    constants(SHARED_MEMORY=500)
+    both(X, net(3, 9, 3), method="euler", exact=True)
+
+
+def failing(match, x, layers, **options):
+    messages = []
+    for backend in ("cuda", "reference"):
+        with pytest.raises(fastflow.SolverError, match=match) as raised:
+            ops.mlp_ode(x, (0.0, 2.0), layers, layer="concat", backend=backend, **options)
+        messages.append(str(raised.value))
+    assert messages[0] == messages[1]
+
+
+def linear(slope):
+    """dx/dt = slope x"""
+    return [[torch.tensor([[0.0, slope]], dtype=torch.float64), torch.zeros(1, dtype=torch.float64)]]
+
+
+@pytest.mark.parametrize("per_sample", [False, True])
+def test_faults(per_sample):
+    """Named by time, step and sample as the reference names them."""
+    x = torch.tensor([[0.0], [1.0], [3.0]], dtype=torch.float64)
+    failing("more than 6 steps at t = .*, step 7", x, linear(40.0), per_sample=per_sample, max_steps=6)
+    huge = 1e10 * (x - 1).clamp(min=0)
+    failing("not finite .* step 1,.* first in sample 2", huge, linear(1e300), per_sample=per_sample)
+
+
+def test_fixed_steps_that_leave_the_numbers():
+    x, options = torch.tensor([[0.0], [0.0], [1.0], [1.0]], dtype=torch.float64), {"method": "euler", "step_size": 0.5}
+    failing("not finite at t = 1, step 2, h = 0.5, first in sample 2", x, linear(1e200), **options)
+    failing("more than 3 steps", x, linear(1.0), max_steps=3, **options)
+
+
+def test_two_runs_give_the_same_bits():
+    """The emulation lets the threads run in another order every time."""
+    layers = [[p.float() for p in group] for group in net(3, 6, 3)]
+    options = {"layer": "concat_squash", "exact": True, "per_sample": True, "backend": "cuda"}
+
+    def run(x):
+        groups = [[p.clone().requires_grad_() for p in group] for group in layers]
+        solution = ops.mlp_ode(x, (0.0, 1.0), groups, **options)
+        loss = solution.value.square().sum() + solution.trace.sum()
+        return solution.value, solution.trace, *torch.autograd.grad(loss, [p for group in groups for p in group])
+
+    first = run(X.float())
+    for a, b in zip(first, run(X.float()), strict=True):
+        assert torch.equal(a, b)
+    alone = ops.mlp_ode(X[2:3].float(), (0.0, 1.0), layers, **options)
+    assert torch.equal(alone.value[:, 0], first[0][:, 2]) and torch.equal(alone.trace[:, 0], first[1][:, 2])
