@@ -25,7 +25,7 @@ def names(cases):
 
 def sizes_of(case):
     """What has layers or steps runs through the emulation for seconds: the ragged sizes of the others find as much."""
-    return ("tiny",) if case.family in ("trace", "autoregressive", "sylvester", "ode") else ("tiny", "odd")
+    return ("tiny",) if case.family in ("trace", "autoregressive", "sylvester", "gru_ode", "ode") else ("tiny", "odd")
 
 
 @pytest.mark.slow
@@ -37,7 +37,9 @@ def test_conformance(case, dtype):
     testing.CHECKS["inverse"](case, "cuda", dtype)
 
 
-@names([case for case in testing.CASES if case.selftest and case.family not in ("sylvester", "trace", "ode")])
+@names(
+    [case for case in testing.CASES if case.selftest and case.family not in ("sylvester", "trace", "gru_ode", "ode")]
+)
 def test_half_precision(case):
     for dtype in (torch.bfloat16, torch.float16):
         testing.CHECKS["forward"](case, "cuda", dtype)

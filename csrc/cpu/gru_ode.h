@@ -85,12 +85,13 @@ struct Plan {
     int64_t end;  // tick
     double size;
   };
-  std::vector<int64_t> series, ticks;         // of every slot
-  std::vector<Event> events;                  // sorted by tick and level
-  std::vector<int64_t> groups;                // where each (tick, level) begins; and the end
+  std::vector<int64_t> series, ticks;          // of every slot
+  std::vector<Event> events;                   // sorted by tick and level
+  std::vector<int64_t> groups;                 // where each (tick, level) begins; and the end
   std::vector<std::vector<Segment>> segments;  // of every slot, those with steps
 
-  Plan(const Schedule& s, std::vector<int64_t> members, const std::vector<int64_t>& total) : series(std::move(members)) {
+  Plan(const Schedule& s, std::vector<int64_t> members, const std::vector<int64_t>& total)
+      : series(std::move(members)) {
     segments.resize(series.size());
     for (int64_t slot = 0; slot < size(); ++slot) {
       const int64_t b = series[slot];
@@ -141,8 +142,8 @@ class Clock {
   Clock(const Plan& plan, int64_t tick) : plan_(plan), at_(plan.size()) {
     for (int64_t slot = 0; slot < plan.size(); ++slot) {
       const auto& s = plan.segments[slot];
-      at_[slot] = std::partition_point(s.begin(), s.end(), [&](const Plan::Segment& a) { return a.end <= tick; }) -
-                  s.begin();
+      at_[slot] =
+          std::partition_point(s.begin(), s.end(), [&](const Plan::Segment& a) { return a.end <= tick; }) - s.begin();
     }
   }
   // of the step from `tick`, which does not decrease from call to call
@@ -203,7 +204,7 @@ template <class T>
 struct Evaluation {
   T *y, *gate, *rest, *u, *g;    // the state, r (minimal: z), 1 - z (minimal: scratch), u, r h
   T *q = nullptr, *x = nullptr;  // imputing: hidden units of the prediction, and the prediction
-  T *gq = nullptr;               // its gradient
+  T* gq = nullptr;               // its gradient
 };
 
 template <class T>
@@ -342,7 +343,8 @@ struct Network {
   }
   // from j.h and j.p to the new states; values and masks [N, D]
   void leap(int64_t n, const Jump<T>& j, const T* values, const T* masks, const int64_t* rows, T* to) const {
-    for (int64_t i = 0; i < n; ++i) prepare(j.p + i * p_row(), values + rows[i] * D, masks + rows[i] * D, j.x + i * x_row());
+    for (int64_t i = 0; i < n; ++i)
+      prepare(j.p + i * p_row(), values + rows[i] * D, masks + rows[i] * D, j.x + i * x_row());
     T* const gates[3] = {j.r, j.z, j.n};
     for (int g = 0; g < 3; ++g) ih[g].apply(n, j.x, gates[g]);
     for (int g = 0; g < 2; ++g) hh[g].apply(n, j.h, gates[g], true);

@@ -466,7 +466,8 @@ class Block {
     first_states(h);
     if (k == 0) return;
     if (!adaptive) return (void)std::copy_n(starts.data() + k * n * row, n * row, h);
-    for (int64_t i = 0; i < plan.active(tick); ++i) std::copy_n(of.states + before[i][tick] * net.H, net.H, h + i * row);
+    for (int64_t i = 0; i < plan.active(tick); ++i)
+      std::copy_n(of.states + before[i][tick] * net.H, net.H, h + i * row);
   }
 
   // --- adaptive steps: intervals begin at a row; their steps are found again, and recorded
@@ -567,8 +568,7 @@ void unpack(const Network<T>& net, const Layout& at, const T* sums, int64_t chun
   if (net.imputes) v += 2;
   for (int64_t i = 0; i < net.gates(); ++i) {
     linear(net.cell[i], at.cell[i], pointer<T>(stacked) + i * H * H, nullptr);
-    if (net.imputes)
-      linear(net.input[i], at.input[i], pointer<T>(in[0]) + i * H * 2 * D, pointer<T>(in[1]) + i * H);
+    if (net.imputes) linear(net.input[i], at.input[i], pointer<T>(in[0]) + i * H * 2 * D, pointer<T>(in[1]) + i * H);
   }
   linear(net.hidden, at.hidden, pointer<T>(v[0]), pointer<T>(v[1]));
   linear(net.predict, at.predict, pointer<T>(v[2]), pointer<T>(v[3]));

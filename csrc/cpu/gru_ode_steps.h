@@ -162,8 +162,7 @@ class Steps {
         if (good) accepted(i, yj, size[j], done ? (gap[i] - t[j]) / step[j] : 1.0);
         if (done) {
           dense(done ? (gap[i] - t[j]) / step[j] : 1.0, weights);
-          combine<false>(1, row, yj, &size[j], weights.data(), s, slopes.data() + j * row, capacity * row,
-                         h + i * row);
+          combine<false>(1, row, yj, &size[j], weights.data(), s, slopes.data() + j * row, capacity * row, h + i * row);
           continue;
         }
         if (good) t[j] += step[j];

@@ -24,7 +24,8 @@ from fastflow.ops.ode_method import METHODS
 
 __all__ = ["Cell", "Filtered", "Gru", "Observe", "Prep", "Schedule", "gru_ode_filter"]
 
-FAMILY = Family("gru_ode", gpu=())
+FAMILY = Family("gru_ode", gpu=("cuda",))
+ADAPTIVE = Family("gru_ode", gpu=())  # on a GPU the reference
 
 
 class Cell(NamedTuple):
@@ -114,7 +115,7 @@ def _faults() -> Iterator[None]:
         raise SolverError(str(error)) from None
 
 
-@op(f"gru_ode_fwd({_ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)", backends=("cpu",))
+@op(f"gru_ode_fwd({_ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)", backends=("cpu", "cuda"))
 def _forward(kernel, h0, values, masks, *rest):
     rows, channels = values.shape
     pre, post = h0.new_empty(rows, 2 * channels), h0.new_empty(rows, 2 * channels)
@@ -127,7 +128,7 @@ def _forward(kernel, h0, values, masks, *rest):
 
 @op(
     f"gru_ode_bwd({_ARGUMENTS}, Tensor states, Tensor gpre, Tensor gpost, Tensor gstate, Tensor gstates) -> Tensor[]",
-    backends=("cpu",),
+    backends=("cpu", "cuda"),
 )
 def _backward(kernel, h0, values, masks, dropout, params, *rest):
     gh0, gvalues, gparams = torch.empty_like(h0), torch.empty_like(values), [torch.empty_like(p) for p in params]
@@ -248,7 +249,7 @@ def gru_ode_filter(
     _numbers(method, rtol, atol, max_steps)
     _schedule(schedule, values.shape[0], h0.shape[0], bool(METHODS[method].error))
     dtype = accumulator(h0.dtype)
-    backend = choose(FAMILY, (h0, values, dropout, *params), backend)
+    backend = choose(ADAPTIVE if METHODS[method].error else FAMILY, (h0, values, dropout, *params), backend)
     h0, values, dropout, *params = (
         t if t is None or t.dtype == dtype else t.to(dtype) for t in (h0, values, dropout, *params)
     )
@@ -261,11 +262,11 @@ def gru_ode_filter(
         if backend == "reference":
             names = dict(zip(("offsets", "counts", "sizes", "jumps"), schedule, strict=True))
             out = reference(h0, values, masks, dropout, *params, **names, **meaning)
-            if not torch.compiler.is_compiling() and not transformed():
+            if _readable(h0):
                 if (fault := where(*steps, out[0].detach(), out[3].detach(), out[2].detach())) is not None:
                     raise SolverError(fault)
             return Filtered(*out)
-        native = (*(t.contiguous() for t in steps), schedule.jumps.to(torch.int64))
+        native = tuple(t.to(h0.device).contiguous() for t in (*steps, schedule.jumps.to(torch.int64)))
         h0, values, *params = (t.contiguous() for t in (h0, values, *params))
         dropout = None if dropout is None else dropout.contiguous()
         if any_grad(h0, values, *params):
@@ -326,7 +327,7 @@ def _rows(h0, schedule, values, masks, dropout, p: int, impute: bool) -> None:
         if impute:
             raise ValueError("dropout: expected None with impute=True, whose predictions are part of the dynamics")
         _check.beside("dropout", dropout, h0, (n, 2, p), "h0")
-    if not torch.compiler.is_compiling() and not transformed():
+    if _readable(values):
         bad = ~(values.isfinite() | (masks == 0))
         if bool(bad.any()):
             row, channel = bad.nonzero()[0].tolist()
@@ -345,7 +346,7 @@ def _schedule(schedule: Schedule, rows: int, series: int, adaptive: bool) -> Non
                 f"schedule.{name}: expected {shape} of {dtype} for {rows} rows of {series} series, got"
                 f" {list(tensor.shape)} of {tensor.dtype}"
             )
-    if torch.compiler.is_compiling() or transformed():
+    if not _readable(schedule.counts):
         return
     if adaptive and bool((schedule.counts > 1).any()):
         raise ValueError("schedule.counts: expected 0 or 1, intervals, with an adaptive method")
@@ -362,6 +363,12 @@ def _schedule(schedule: Schedule, rows: int, series: int, adaptive: bool) -> Non
             raise ValueError(
                 f"schedule.{name}: expected finite numbers of at least 0, got {tensor[segment].item()} {place}"
             )
+
+
+def _readable(tensor: Tensor) -> bool:
+    """May the host look at values now?"""
+    capturing = tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+    return not (torch.compiler.is_compiling() or transformed() or capturing)
 
 
 def _numbers(method: str, rtol: float, atol: float, max_steps: int) -> None:

@@ -106,19 +106,19 @@ def _jump(h: Tensor, p: Tensor, values: Tensor, seen: Tensor, prep: Sequence[Ten
 
 def owners(offsets: Tensor) -> Tensor:
     """The series of every row, [N]."""
-    return torch.repeat_interleave(torch.arange(len(offsets) - 1), offsets.diff())
+    return torch.repeat_interleave(torch.arange(len(offsets) - 1, device=offsets.device), offsets.diff())
 
 
 def sequence(offsets: Tensor, counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(segments [N + B] series by series in time, their series, ticks [N + B] of a series at the end of each)"""
+    each = torch.arange(len(offsets) - 1, device=offsets.device)
     owner, n = owners(offsets), len(counts) - len(offsets) + 1
-    segments = torch.empty_like(counts)
-    segments[torch.arange(n) + owner] = torch.arange(n)
-    segments[offsets[1:] + torch.arange(len(offsets) - 1)] = torch.arange(n, len(counts))
-    series = torch.cat([owner, torch.arange(len(offsets) - 1)])[segments]
+    numbers, segments = torch.arange(len(counts), device=offsets.device), torch.empty_like(counts)
+    segments[numbers[:n] + owner] = numbers[:n]
+    segments[offsets[1:] + each] = numbers[n:]
+    series = torch.cat([owner, each])[segments]
     total = counts[segments].cumsum(0)
-    first = offsets[:-1] + torch.arange(len(offsets) - 1)  # of the segments of a series
-    return segments, series, total - (total - counts[segments])[first][series]
+    return segments, series, total - (total - counts[segments])[offsets[:-1] + each][series]
 
 
 def _totals(offsets: Tensor, counts: Tensor) -> Tensor:

@@ -111,7 +111,7 @@ def make_case(
         partial(_inputs, kind=kind, impute=impute),
         keep=tuple(_inputs("tiny", kind, impute))[2:],
         orders=_orders,
-        backends=("cpu", "reference"),
+        backends=("cpu", "cuda", "reference"),
         selftest=selftest,
     )
 

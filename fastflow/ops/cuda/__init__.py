@@ -27,6 +27,7 @@ FAMILIES = (
     "autoregressive",
     "mlp_coupling",
     "wavenet",
+    "gru_ode",
     "ode",
 )
 
