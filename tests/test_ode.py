@@ -1,4 +1,4 @@
-"""The fused solver: torchdiffeq's steps, the solutions of linear equations, gradients three ways, and what goes wrong."""
+"""The fused solver: torchdiffeq's steps, solutions of linear equations, gradients three ways, and what goes wrong."""
 
 import pytest
 import torch
@@ -7,13 +7,12 @@ from torch.nn import functional as F
 
 import fastflow
 from fastflow import ops
-from fastflow.ops.ode import KERNELS
 from fastflow.ops.ode_method import METHODS
 from fastflow.ops.trace_mlp import ACTIVATIONS, LAYERS, sweep
 from fastflow.testing.case import randn
 
 ADAPTIVE = [name for name, method in METHODS.items() if method.error]
-BACKENDS = ("reference", *(name for name in KERNELS if name == "cpu"))
+BACKENDS = ("reference", "cpu")
 
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
 
@@ -349,8 +348,8 @@ def test_gradient_of_the_times(method, backend):
     if adaptive:
         options |= {"rtol": 1e-9, "atol": 1e-9}
     else:
-        options |= {"step_size": {"euler": 1e-3, "midpoint": 5e-3, "rk4": 0.05}[method]}
-    bar = {"euler": 2e-2, "midpoint": 1e-3}.get(method, 1e-4)
+        options |= {"step_size": {"euler": 1e-3}.get(method, 5e-3)}
+    bar = 1e-4 if adaptive else 2e-2  # within a fixed step outputs lie on a line
 
     def total(times):
         solution = ops.mlp_ode(x, times, layers, layer="concat_squash", **options)
@@ -365,8 +364,10 @@ def test_gradient_of_the_times(method, backend):
 
 
 @every_backend
-@pytest.mark.parametrize("per_sample", [False, True])
-@pytest.mark.parametrize("method, step_size", [("rk4", 0.4), ("dopri5", None), ("tsit5", None), ("bosh3", 0.5)])
+@pytest.mark.parametrize(
+    "method, step_size, per_sample",
+    [("rk4", 0.4, False), ("dopri5", None, False), ("tsit5", None, True), ("bosh3", 0.5, False)],
+)
 def test_gradcheck(method, step_size, per_sample, backend):
     """First and second derivatives of value, trace and energies; adaptive steps so short that they hardly move."""
     x, layers = problem(dim=2, samples=2, hidden=(3,))
@@ -432,17 +433,15 @@ def test_explosion(per_sample, backend):
     """x grows by e^(100 t): beyond the largest float, at a sample that is named."""
     x = torch.zeros(4, 2)
     x[2] = 1.0
-    # a silu far to the right is linear
     layers = linear(100 * torch.eye(2))
     for method, options in (("rk4", {"step_size": 0.05}), ("dopri5", {}), ("tsit5", {}), ("bosh3", {})):
         with pytest.raises(
-            fastflow.SolverError, match=r"at t = [-+.\de]+, step \d+, h = .*, first in sample 2"
-        ) as caught:
+            fastflow.SolverError, match=r"not finite at t = [.\d]+, step \d+, h = .*, first in sample 2"
+        ):
             ops.mlp_ode(
-                x, (0, 10), layers, layer="ignore", exact=True, method=method, per_sample=per_sample, max_steps=20_000,
+                x, (0, 10), layers, layer="ignore", exact=True, method=method, per_sample=per_sample,
                 rtol=1e-3, atol=1e-3, backend=backend, **options,
             )  # fmt: skip
-        assert "not finite" in str(caught.value) or "underflows" in str(caught.value)
 
 
 @every_backend
@@ -577,7 +576,6 @@ def test_half_precision_and_probes(backend):
     assert drawn.trace.shape == (1, 4, 6) and torch.equal(drawn.trace, given.trace)
 
 
-@pytest.mark.skipif("cpu" not in KERNELS, reason="no kernels to trace")
 @pytest.mark.parametrize("gradient", ["steps", "adjoint"])
 def test_compile(gradient):
     layers = mlp("concat", hidden=(8,), dtype=torch.float32)
@@ -596,7 +594,6 @@ def test_compile(gradient):
         assert torch.equal(a, b)
 
 
-@pytest.mark.skipif("cpu" not in KERNELS, reason="no kernels")
 @pytest.mark.parametrize("hidden", [(64, 33), (200, 40)])
 @pytest.mark.parametrize("per_sample", [False, True])
 def test_the_same_bits_on_any_number_of_threads(hidden, per_sample):

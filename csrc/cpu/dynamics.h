@@ -30,6 +30,14 @@ constexpr int64_t kNarrow = 128;     // the widest layer of a narrow net, FUSED_
 constexpr int64_t kStripRows = 48;   // rows of a task of a wide product, and the depth of its runs: they stay
 constexpr int64_t kDepth = 256;      // in L1 and L2
 
+// Blocks that one thread goes through one after the other, whatever the threads: they share a partial sum.
+struct Groups {
+  int64_t size, count;
+  explicit Groups(int64_t blocks) : size(std::max<int64_t>(1, (blocks + kChunks - 1) / kChunks)) {
+    count = (blocks + size - 1) / size;
+  }
+};
+
 template <class T>
 using Memory = std::unique_ptr<T[]>;  // not cleared
 

@@ -23,8 +23,8 @@ struct Partials {
       offset.push_back(size);
       size += vectors * padded(layer.out);
     }
-    blocks = std::max<int64_t>(1, (all_blocks + kChunks - 1) / kChunks);
-    chunks = (all_blocks + blocks - 1) / blocks;
+    const Groups groups(all_blocks);
+    blocks = groups.size, chunks = groups.count;
     memory.assign(chunks * size, T(0));
   }
   T* of(int64_t chunk) { return memory.data() + chunk * size; }
@@ -149,6 +149,25 @@ void backward_block(const Dynamics<T>& net, const Moments<T>& now, int64_t count
     }
     multiply(rows * count, g, out, layer.backward, next, net.wide);
     std::swap(g, next);
+  }
+}
+
+// The chunks added up and written as gradients of the raw parameters.
+template <class T>
+void raw_gradients(const Dynamics<T>& net, const Partials<T>& sums, const std::vector<View>& graw) {
+  const size_t each = graw.size() / net.layers.size();
+  std::vector<T> row(net.widest);
+  for (int64_t l = 0; l < net.depth(); ++l) {
+    const Parameters g(&graw[l * each], net.parameters[l].kind);
+    for (int64_t i = 0; i < g.out; ++i) {
+      double v[4];
+      sums.total(net.layers[l], l, i, row.data(), v);
+      for (int64_t k = 0; k < g.in; ++k) at<T>(g.weight, i, g.skip() + k) = row[k];
+      at<T>(g.bias, i) = T(v[0]);
+      if (g.kind == Kind::concat) at<T>(g.weight, i) = T(v[1]);
+      if (g.kind != Kind::concat_squash) continue;
+      at<T>(g.hyper, i) = T(v[1]), at<T>(g.gate_bias, i) = T(v[2]), at<T>(g.gate_weight, i) = T(v[3]);
+    }
   }
 }
 

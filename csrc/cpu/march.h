@@ -230,9 +230,15 @@ struct March {
 
   template <class F>
   void sweep(const F& f) {
-    parallel_for(end - begin, end - begin > 1, [&](int64_t from, int64_t to) {
+    if (end - begin == 1) {  // perhaps beside others
       auto scratch = system.scratch();
-      for (int64_t k = begin + from; k < begin + to; ++k) f(scratch, blocks[k]);
+      return f(scratch, blocks[begin]);
+    }
+    const Groups groups(end - begin);
+    parallel_for(groups.count, true, [&](int64_t from, int64_t to) {
+      auto scratch = system.scratch();
+      for (int64_t k = begin + from * groups.size; k < std::min(end, begin + to * groups.size); ++k)
+        f(scratch, blocks[k]);
     });
   }
 
@@ -381,10 +387,13 @@ struct March {
 
   // can the step at hand be tried?
   void check() const {
+    // near an overflow the steps could shrink without end: below the rounding of the state it is given up
+    const double finest = std::numeric_limits<T>::epsilon() * std::abs(times.back() - times.front());
     const Controller* bad = nullptr;
     std::string what;
     for (const Controller& c : controllers)
-      if (!bad && active(c) && c.t + c.h == c.t) bad = &c, what = "the step underflows";
+      if (!bad && active(c) && (c.t + c.h == c.t || (!finite_norm(c.ratio) && std::abs(c.h) < finest)))
+        bad = &c, what = "the step underflows";
     for (const Controller& c : controllers)
       if (!bad && active(c) && c.accepted + c.rejected >= max_steps) bad = &c, what = Failure::too_many(max_steps);
     if (!bad) return;
@@ -426,8 +435,9 @@ void march(const Tableau& method, const Control& control, int64_t blocks, const 
     return done(walk);
   }
   std::vector<std::unique_ptr<Failure>> failed(blocks);
-  parallel_for(blocks, true, [&](int64_t begin, int64_t end) {
-    for (int64_t k = begin; k < end; ++k) {
+  const Groups groups(blocks);
+  parallel_for(groups.count, true, [&](int64_t begin, int64_t end) {
+    for (int64_t k = begin * groups.size; k < std::min(blocks, end * groups.size); ++k) {
       auto walk = make(k, k + 1);
       try {  // an exception must not leave a thread
         walk.run();

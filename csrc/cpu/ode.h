@@ -101,6 +101,35 @@ void collect(const Problem<T>& p, const Block<T>& block, const T* rows, T* k) {
   }
 }
 
+// gradients of the outputs
+struct Gradients {
+  const View &values, &traces, &energies;
+
+  template <class T>
+  T quadrature(int64_t j, int64_t q, int64_t probes, int64_t sample) const {
+    return q < probes ? at<T>(traces, j, q, sample) : at<T>(energies, j, q - probes, sample);
+  }
+};
+
+// Gradients of the rows of the last layer, f and J e, from those of f [count, D] and of the quadratures.
+template <class T>
+void seed_rows(const Problem<T>& p, const Block<T>& block, const T* g, const T* of_quadratures, const T* last, T* to) {
+  const int64_t n = p.features, width = padded(n), count = block.count;
+  const T *e = block.probes, *of_energies = of_quadratures + p.tangents * count;
+  const bool energies = p.control.regularize;
+  std::fill_n(to, count * p.net.rows * width, T(0));
+  for (int64_t b = 0; b < count; ++b, to += width, last += width, e += n) {
+    const T kinetic = energies ? 2 * p.sign() * of_energies[b] : T(0);
+    const T jacobian = energies ? 2 * p.sign() * p.share() * of_energies[count + b] : T(0);
+    for (int64_t d = 0; d < n; ++d) to[d] = g[b * n + d] + kinetic * last[d];
+    for (int64_t s = 0; s < p.tangents; ++s) {
+      to += width, last += width, e += n;
+      const T trace = of_quadratures[s * count + b];
+      for (int64_t d = 0; d < n; ++d) to[d] = trace * e[d] + jacobian * last[d];
+    }
+  }
+}
+
 // which outputs lie in a step from t to end, and how far into it
 inline bool inside(double direction, double t, double end, double time) {
   return direction * t < direction * time && direction * time <= direction * end;

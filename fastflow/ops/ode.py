@@ -2,8 +2,8 @@
 
     dx/dt = f(x, t),   d trace/dt = tr df/dx,   d kinetic/|dt| = |f|^2,   d jacobian/|dt| = |df/dx|_F^2
 
-Runge-Kutta stages, error norm and step control are all inside the call; the meaning is in ``ode_reference``, the
-methods in ``ode_method``, the network's sweep in ``trace_mlp``.
+Runge-Kutta stages, error norm and step control are all inside the call; the meaning is in ``ode_reference`` and
+``ode_gradient``, the methods in ``ode_method``, the network's sweep in ``trace_mlp``.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ import torch
 from torch import Tensor
 
 from fastflow.errors import SolverError
-from fastflow.ops import _check, cpu
-from fastflow.ops import ode_reference as plain
+from fastflow.ops import _check
 from fastflow.ops._backend import Family, choose
 from fastflow.ops._op import any_grad, op, reference_vjp, second_order, without_autocast
+from fastflow.ops.ode_gradient import adjoint, replay, times_gradient
 from fastflow.ops.ode_method import METHODS
-from fastflow.ops.ode_reference import Control, Path
+from fastflow.ops.ode_reference import Control, Path, Problem, reference
 from fastflow.ops.trace import Rademacher
 from fastflow.ops.trace_mlp import _materialised, _probes, _readable, network
 
 __all__ = ["Solution", "Steps", "mlp_ode"]
 
-KERNELS = (*(("cpu",) if hasattr(cpu._library, "mlp_ode_fwd") else ()), "cuda")
+KERNELS = ("cpu", "cuda")
 FAMILY = Family("ode", gpu=("cuda",))
 
 
@@ -73,6 +73,8 @@ class Solution(NamedTuple):
 #   states      [K, B, D]: x before the steps 0, spacing, 2 spacing, ... of its controller; spacing is 1 and doubles,
 #               every other state being dropped, whenever all K are in use
 #
+# An attempt whose error or state is not finite counts as rejected and the step shrinks to a fifth, until that is below
+# eps (of x's dtype) |times[-1] - times[0]|: "not finite"; so is f at the start, or a state after a fixed step.
 # B > 0. A solve that fails throws (C++: std::runtime_error) one of
 #   "the state or its derivative is not finite", "the step underflows", "more than {max_steps} steps", followed by
 #   " at t = %.6g, step %d, h = %.3g, first in sample %d"  (step: the attempt, from 1; sample: per sample its own, else
@@ -131,7 +133,7 @@ def _adjoint(
     kernel, x, times, probes, params, method, layer, activation, control, max_steps, values, gvalues, gtraces,
     genergies,
 ):  # fmt: skip
-    """The continuous adjoint: ode_reference.adjoint(); x itself is not read."""
+    """The continuous adjoint: ode_gradient.adjoint(); x itself is not read."""
     gx, gparams = torch.empty_like(x), [torch.empty_like(p) for p in params]
     _solving(
         kernel, x, times, probes, params, method, layer, activation, control, max_steps, values, gvalues, gtraces,
@@ -147,78 +149,6 @@ def _solving(kernel, *arguments):
         if type(error) is not RuntimeError:
             raise
         raise SolverError(str(error)) from None
-
-
-# --- meaning ----------------------------------------------------------------------------------------
-
-
-class Problem(NamedTuple):
-    """What to solve but for the tensors that may require gradients."""
-
-    method: str
-    layer: int
-    activation: int
-    control: Control
-    max_steps: int
-
-    def __call__(self, times: Tensor, probes: Tensor | None, params: Sequence[Tensor]):
-        """(f, times as numbers, the method): the arguments of ode_reference's functions."""
-        numbers = times.tolist()
-        sign = 1.0 if numbers[-1] >= numbers[0] else -1.0
-        f = plain.dynamics(params, probes, self.layer, self.activation, self.control, sign)
-        return f, numbers, METHODS[self.method]
-
-
-def _state(x: Tensor, traces: Tensor, energies: Tensor) -> Tensor:
-    """[..., B, D + S + 2 or 0]: the rows of ode_reference."""
-    return torch.cat([x, traces.transpose(-1, -2), energies.transpose(-1, -2)], -1)
-
-
-def _start(problem: Problem, x: Tensor, probes: Tensor | None) -> Tensor:
-    columns = (0 if probes is None else probes.shape[0]) + 2 * int(problem.control.regularize)
-    return torch.cat([x, x.new_zeros((x.shape[0], columns))], 1)
-
-
-def _outputs(states: Sequence[Tensor], dim: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(values, traces, energies) of the states after the first."""
-    rows = torch.stack(list(states[1:]))
-    return rows[..., :dim], rows[..., dim : dim + count].transpose(1, 2), rows[..., dim + count :].transpose(1, 2)
-
-
-def reference(problem: Problem, x: Tensor, times: Tensor, probes: Tensor | None, *params: Tensor):
-    """(values, traces, energies, path) in plain PyTorch, without a graph."""
-    f, numbers, method = problem(times, probes, params)
-    count = 0 if probes is None else probes.shape[0]
-    split = plain.parts(x.shape[1], count, problem.control)
-    start = _start(problem, x.detach(), probes)
-    states, path = plain.solve(f, start, numbers, method, problem.control, split, problem.max_steps)
-    return *_outputs(states, x.shape[1], count), path
-
-
-def replay(problem: Problem, path: Path, x: Tensor, times: Tensor, probes: Tensor | None, *params: Tensor):
-    """(values, traces, energies) along given steps, to be differentiated as often as one likes; of the times as the
-    exact solution depends on them."""
-    f, numbers, method = problem(times, probes, params)
-    start = _start(problem, x, probes)
-    if times.requires_grad:
-        start = plain.Moment.apply(f, -1.0, times[0], start)
-    states = plain.replay(f, start, numbers, method, path)
-    if times.requires_grad:
-        states = [plain.Moment.apply(f, 1.0, t, y) for t, y in zip(times, states, strict=True)]
-    return _outputs(states, x.shape[1], 0 if probes is None else probes.shape[0])
-
-
-def reference_adjoint(problem: Problem, times, probes, params, values, gvalues, gtraces, genergies):
-    """[gx, *gparams] by the continuous adjoint in plain PyTorch."""
-    params = [p.detach().requires_grad_() for p in params]
-    f, numbers, method = problem(times, probes, params)
-    states = [_state(v, t, e) for v, t, e in zip(values, gtraces, genergies, strict=True)]
-    grads = [_state(*g) for g in zip(gvalues, gtraces, genergies, strict=True)]
-    gx, gparams = plain.adjoint(
-        f, numbers, method, problem.control, problem.max_steps, [states[-1], *states],
-        [torch.zeros_like(grads[0]), *grads], values.shape[2], params,
-    )  # fmt: skip
-    return [gx, *gparams]
 
 
 # --- gradient ---------------------------------------------------------------------------------------
@@ -252,7 +182,7 @@ class _MlpOde(torch.autograd.Function):
             )
             return *[None] * 4, *found[:2], None, *found[2:]
         if ctx.backend == "reference":
-            found = reference_adjoint(problem, times, probes, params, values, *grads)
+            found = adjoint(problem, times, probes, params, values, *grads)
         else:
             method = METHODS[problem.method].pack()
             given = x, times, probes, params, method, problem.layer, problem.activation, list(problem.control)
@@ -262,7 +192,7 @@ class _MlpOde(torch.autograd.Function):
                 found = _adjoint[ctx.backend](*given, problem.max_steps, values, *grads)
         gtimes = None
         if ctx.needs_input_grad[5]:
-            gtimes = _times_gradient(problem, x, times, probes, params, values, found[0], grads)
+            gtimes = times_gradient(problem, x, times, probes, params, values, found[0], grads)
         return *[None] * 4, found[0], gtimes, None, *found[1:]
 
 
@@ -272,16 +202,6 @@ def _run(backend, problem, checkpoints, x, times, probes, params):
         x, times, probes, params, method, problem.layer, problem.activation, list(problem.control), checkpoints,
         problem.max_steps,
     )  # fmt: skip
-
-
-def _times_gradient(problem, x, times, probes, params, values, gx, grads):
-    f, _, _ = problem(times, probes, params)
-    _, gtraces, genergies = grads
-    after = [_state(*rows) for rows in zip(*grads, strict=True)]
-    # the integrals start at 0 and every one of their outputs moves with the first time
-    before = -_state(gx, gtraces.sum(0), genergies.sum(0))
-    states = [_start(problem, y, probes) for y in (x, *values)]
-    return plain.times_gradient(f, times, states, [before, *after])
 
 
 # --- public -----------------------------------------------------------------------------------------

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from fastflow.errors import SolverError
-from fastflow.ops.ode_method import Method
+from fastflow.ops.ode_method import METHODS, Method
 from fastflow.ops.trace_mlp import sweep
 
-__all__ = ["Control", "Path", "adjoint", "dynamics", "grid", "parts", "replay", "solve", "times_gradient"]
+__all__ = ["Control", "Path", "Problem", "grid", "initial_state", "reference", "replay", "solve", "unpack"]
 
 Function = Callable[[Tensor, Tensor], Tensor]
 Parts = Callable[[Tensor], list[Tensor]]
@@ -198,16 +198,18 @@ def solve(
     _finite(t, attempts, torch.zeros_like(t), y, k)
     h = _initial(f, t, y, k, sign, method.order, control, split)
     counts[:, 0] = 2
+    finest = torch.finfo(y.dtype).eps * abs(times[-1] - times[0])
     # room for the steps: doubled as needed
     steps = t.new_zeros((64, rows, 2))
     each, ratio, errors = torch.arange(rows, device=y.device), torch.zeros_like(t), y.new_zeros(y.shape[0]).double()
     while (active := sign * (times[-1] - t) > 0).any():
         step = torch.where(active, h, 0.0)
         attempts = counts[:, 1] + counts[:, 2] + 1
-        stuck = active & (t + step == t)
+        # near an overflow the steps could shrink without end: below the rounding of the state it is given up
+        stuck = active & ((t + step == t) | (ratio.isinf() & (step.abs() < finest)))
         if (stuck | (active & (attempts > max_steps))).any():
             bad = stuck if stuck.any() else active
-            sample = int(bad.nonzero()[0]) if rows > 1 else int(errors.nan_to_num(torch.inf).argmax())
+            sample = int(bad.nonzero()[0]) if rows > 1 else int(torch.where(errors.isnan(), torch.inf, errors).argmax())
             what = f"more than {max_steps} steps" if not stuck.any() else "the step underflows"
             r = sample if rows > 1 else 0
             raise _failure(what if ratio[r].isfinite() else NOT_FINITE, t, attempts, h, sample)
@@ -215,7 +217,7 @@ def solve(
         after = y + _weighted(step, method.b, ks)
         ratio, errors = _norms(split(_weighted(step, method.error, ks)), split(y), split(after), control)
         finite = after.isfinite().all(1)
-        ratio = torch.where(finite if rows > 1 else finite.all(), ratio, torch.inf).nan_to_num(torch.inf)
+        ratio = torch.where((finite if rows > 1 else finite.all()) & ~ratio.isnan(), ratio, torch.inf)
         moved = active & (ratio <= 1)
         counts += torch.stack([(method.stages - 1) * active, moved, active & ~moved, 0 * active], 1)
         if moved.any():
@@ -310,79 +312,43 @@ def _factor(ratio: Tensor, order: int) -> Tensor:
     return torch.maximum(0.9 * ratio ** (-1 / order), least).clamp(max=10.0)
 
 
-# --- gradients --------------------------------------------------------------------------------------
+# --- the whole --------------------------------------------------------------------------------------
 
 
-def times_gradient(f: Function, times: Tensor, states: Sequence[Tensor], grads: Sequence[Tensor]) -> Tensor:
-    """d/dtimes of a solution: <g, f> at every output; the first of ``grads`` is minus that of the initial state."""
-    found = [
-        (g * f(t.to(y.dtype).to(y.device).reshape(1, 1), y)).sum() for t, y, g in zip(times, states, grads, strict=True)
-    ]
-    return torch.stack(found).to(times)
+class Problem(NamedTuple):
+    """What to solve but for the tensors that may require gradients."""
+
+    method: str
+    layer: int
+    activation: int
+    control: Control
+    max_steps: int
+
+    def __call__(self, times: Tensor, probes: Tensor | None, params: Sequence[Tensor]):
+        """(f, times as numbers, the method): what the functions above take."""
+        numbers = times.tolist()
+        sign = 1.0 if numbers[-1] >= numbers[0] else -1.0
+        f = dynamics(params, probes, self.layer, self.activation, self.control, sign)
+        return f, numbers, METHODS[self.method]
 
 
-class Moment(torch.autograd.Function):
-    """The state itself, y [B, M] at the time t: moving the time moves it by f."""
-
-    @staticmethod
-    def forward(ctx, f, sign, t, y):
-        ctx.f, ctx.sign = f, sign
-        ctx.save_for_backward(t, y)
-        return y.view_as(y)
-
-    @staticmethod
-    def backward(ctx, g):
-        t, y = ctx.saved_tensors
-        return None, None, times_gradient(ctx.f, t[None], [y], [ctx.sign * g])[0], g
+def initial_state(problem: Problem, x: Tensor, probes: Tensor | None) -> Tensor:
+    """[x | 0], [B, D + S + 2 or 0]."""
+    columns = (0 if probes is None else probes.shape[0]) + 2 * int(problem.control.regularize)
+    return torch.cat([x, x.new_zeros((x.shape[0], columns))], 1)
 
 
-def adjoint(
-    f: Function,
-    times: Sequence[float],
-    method: Method,
-    control: Control,
-    max_steps: int,
-    states: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    dim: int,
-    params: Sequence[Tensor],
-) -> tuple[Tensor, list[Tensor]]:
-    """(gradient of x [B, D], of the params) by the continuous adjoint a = dL/dx, from the last time to the first:
+def unpack(states: Sequence[Tensor], dim: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(values, traces, energies) of the states after the first."""
+    rows = torch.stack(list(states[1:]))
+    return rows[..., :dim], rows[..., dim : dim + count].transpose(1, 2), rows[..., dim + count :].transpose(1, 2)
 
-    da/dt = -(a, g) . df/dx,  dL/dparams = integral of (a, g) . df/dparams dt; g are the gradients of the integrals in
-    the state, which do not change. Between two outputs [x | a] is one state; x starts anew from each of ``states``.
-    """
-    a, constant = torch.zeros_like(states[-1][:, :dim]), torch.zeros_like(states[-1][:, dim:])
-    gparams = [torch.zeros_like(p) for p in params]
 
-    def pull(t: Tensor, state: Tensor, wanted: Callable[[Tensor], Sequence[Tensor]], weight: Tensor | float):
-        """(df, weight (a, g) . df/dwanted)"""
-        with torch.enable_grad():
-            x = state[:, :dim].detach().requires_grad_()
-            value = f(t, torch.cat([x, torch.zeros_like(constant)], 1))
-        cotangent = weight * torch.cat([state[:, dim:], constant], 1)
-        found = torch.autograd.grad(value, wanted(x), cotangent, allow_unused=True, materialize_grads=True)
-        return value.detach(), found
-
-    def backwards(t: Tensor, state: Tensor) -> Tensor:
-        value, (gx,) = pull(t, state, lambda x: [x], 1.0)
-        return torch.cat([value[:, :dim], -gx], 1)
-
-    def visit(at: list, weights: Tensor) -> None:
-        for (t, state), weight in zip(at, weights.unbind(1), strict=True):
-            if weight.any():
-                found = pull(_rows(t, state), state, lambda _: params, _rows(-weight, state))[1]
-                for total, g in zip(gparams, found, strict=True):
-                    total += g
-
-    def split(y: Tensor) -> list[Tensor]:
-        return [y[:, :dim], y[:, dim:]]
-
-    for i in range(len(times) - 1, 0, -1):
-        a, constant = a + grads[i][:, :dim], constant + grads[i][:, dim:]
-        if times[i] == times[i - 1]:
-            continue
-        start = torch.cat([states[i][:, :dim], a], 1)
-        back, _ = solve(backwards, start, [times[i], times[i - 1]], method, control, split, max_steps, visit)
-        a = back[-1][:, dim:]
-    return a, gparams
+def reference(problem: Problem, x: Tensor, times: Tensor, probes: Tensor | None, *params: Tensor):
+    """(values, traces, energies, path) in plain PyTorch, without a graph."""
+    f, numbers, method = problem(times, probes, params)
+    count = 0 if probes is None else probes.shape[0]
+    split = parts(x.shape[1], count, problem.control)
+    y = initial_state(problem, x.detach(), probes)
+    states, path = solve(f, y, numbers, method, problem.control, split, problem.max_steps)
+    return *unpack(states, x.shape[1], count), path

@@ -19,7 +19,7 @@ from fastflow.testing.case import Case, Inputs, randn
 from fastflow.testing.trace import _inputs, layers_of, permuted
 
 NARROW = {"tiny": (3, 2, (4,)), "odd": (19, 3, (17, 5)), "bench": (512, 2, (64, 64, 64))}
-WIDE = {"tiny": (4, 3, (130,)), "odd": (7, 5, (131, 145)), "bench": (64, 43, (430, 430))}
+WIDE = {"tiny": (16, 3, (130,)), "odd": (7, 5, (131, 145)), "bench": (64, 43, (430, 430))}
 
 
 def _make(size: str, sizes: dict, layer: str, activation: str) -> Inputs:
@@ -98,7 +98,7 @@ def cases() -> Iterator[Case]:
     yield _case("dopri5", "concat", "tanh", 1, (0.0, 0.5), step_size=0.2)
     yield _case("tsit5", "concat", "tanh", 2, (0.0, 0.3, 1.5), regularize=True)
     yield _case("bosh3", "squash", "swish", None, (0.0, 0.3), regularize=True)
-    yield _case("bosh3", "ignore", "softplus", 2, (0.0, 0.7, 0.9), per_sample=True)
+    yield _case("bosh3", "ignore", "softplus", 2, (0.0, 0.7, 0.9), per_sample=True, rtol=1e-4)
     yield _case("rk4", "concat_squash", "tanh", 2, (1.0, 0.3, 0.0), step_size=0.4, regularize=True, selftest=True)
     yield _case("rk4", "concat", "silu", None, wide=True)
     yield _case("midpoint", "concat", "elu", 1, (0.0, 0.4, 0.4, 1.0))
