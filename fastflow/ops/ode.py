@@ -127,7 +127,7 @@ def _backward(
 @op(
     f"mlp_ode_adjoint({_PROBLEM}, int max_steps, Tensor values, Tensor gvalues, Tensor gtraces, Tensor genergies)"
     " -> Tensor[]",
-    backends=KERNELS,
+    backends=("cpu",),
 )
 def _adjoint(
     kernel, x, times, probes, params, method, layer, activation, control, max_steps, values, gvalues, gtraces,
@@ -306,9 +306,7 @@ def mlp_ode(
 
 
 def _solve(backend, problem, gradient, checkpoints, x, times, probes, params):
-    if x.shape[0] == 0 or backend not in KERNELS:
-        backend = "reference"
-    if backend == "cuda" and (gradient == "adjoint" or not _fits(problem, x, probes, params)):
+    if x.shape[0] == 0 or backend == "cuda" and (gradient == "adjoint" or not _fits(problem, x, probes, params)):
         backend = "reference"
     wanted = any_grad(x, times, *params)
     # where nothing is to be integrated the graph has no parameters; they still get a gradient, of zeros

@@ -127,8 +127,14 @@ def _stages(f: Function, method: Method, t: Tensor, h: Tensor, y: Tensor, first:
 
 
 def _dense(method: Method, theta: Tensor) -> list[Tensor]:
-    """b_i(theta) [R] for every stage."""
-    return [sum(theta ** (p + 1) * w for p, w in enumerate(row) if w != 0.0 or p == 0) for row in method.weights()]
+    """b_i(theta) [R] for every stage; b_i itself at the end, where the polynomials' rounding is not to be seen."""
+    weights = []
+    for b, row in zip(method.b, method.weights(), strict=True):
+        value = torch.zeros_like(theta)
+        for coefficient in reversed(row):
+            value = theta * (value + coefficient)
+        weights.append(torch.where(theta >= 1, b, value))
+    return weights
 
 
 class _Outputs:
