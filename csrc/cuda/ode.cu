@@ -233,7 +233,9 @@ FF_D void decide(const Solve<T>& o, Control& c, Verdict& v, const double* sums, 
       return;
     }
     c.h *= growth(error, o.method.order);
-    const bool stuck = c.t + c.h == c.t;
+    // near an overflow the steps could shrink without end: below the rounding of the state it is given up
+    const double finest = (sizeof(T) == 4 ? 0x1p-23 : 0x1p-52) * o.sign * (a.ode.time(a.ode.count) - a.ode.time(0));
+    const bool stuck = c.t + c.h == c.t || (!finite(error) && o.sign * c.h < finest);
     if (stuck || c.accepted + c.rejected >= a.max_steps)
       c.phase = !finite(error) ? kNotFinite : stuck ? kUnderflow : kTooMany;
   }

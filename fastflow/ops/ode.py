@@ -241,10 +241,13 @@ def mlp_ode(
             shortened, or from one time to the next. ``bosh3``, ``dopri5`` and ``tsit5`` choose theirs by ``rtol`` and
             ``atol``, as torchdiffeq does; unless a ``step_size`` is given.
         per_sample: every sample has steps of its own and its result does not depend on the batch.
-        gradient: ``steps``: exact for the steps that were made; ``checkpoints`` states are kept and those between
-            computed again, one forward sweep for a solve of at most ``checkpoints`` steps and two for a longer one.
-            ``adjoint``: by another solve, backwards and with the same tolerances: right to about those, in memory that
-            depends on neither. Both for x, the parameters and the times.
+        gradient: ``steps``: exact for the steps that were made, which are held fixed; forward and backward cost about
+            four times the forward alone. ``adjoint``: by another solve, backwards and with the same tolerances, whose
+            norm sees x and its adjoint: right to about those, at about six times the forward. Both for x, the
+            parameters and the times; of these as the exact solution depends on them. Second derivatives are those of
+            the steps, in plain PyTorch, with all of them in memory.
+        checkpoints: how many states are kept for ``steps``; those between are computed again, values alone. So memory
+            does not grow with the number of steps in either way.
         max_steps: of attempts, accepted or not.
         backend: a backend by name; None chooses.
 

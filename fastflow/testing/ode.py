@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from fastflow import ops
-from fastflow.ops._backend import BACKENDS
 from fastflow.ops.ode_method import METHODS
 from fastflow.testing.case import Case, Inputs, randn
 from fastflow.testing.trace import _inputs, layers_of, permuted
@@ -85,7 +84,7 @@ def _case(
         orders=_orders,
         # adaptive steps move with the inputs; finite differences through hundreds of wide units would take minutes
         derivatives=0 if METHODS[method].error and "step_size" not in options or wide or "gradient" in options else 2,
-        backends=("cpu", "reference") if options.get("gradient") == "adjoint" else BACKENDS,
+        backends=("cpu", "reference") if options.get("gradient") == "adjoint" else ("cpu", "cuda", "reference"),
         selftest=selftest,
     )
 
