@@ -227,9 +227,11 @@ FF_D void units_bwd(const NetTile<T>& t, const NetLayer& l, bool hidden, T* g, T
   });
 }
 
-// Adds the gradients of a layer's parameters to `sums`, laid out as the parameters are: every one by the same thread.
+// Adds the gradients of a layer's parameters to `sums`, laid out as the parameters are: every one by the same thread,
+// in double, for there are as many terms as stages of all steps.
 template <class T>
-FF_D void parameters_bwd(const NetTile<T>& t, const NetLayer& l, const T* g, const T* in, const T* of_units, T* sums) {
+FF_D void parameters_bwd(const NetTile<T>& t, const NetLayer& l, const T* g, const T* in, const T* of_units,
+                         double* sums) {
   const int out = int(l.out), n = int(l.in), padded = t.padded(l), quarter = padded / 4, inputs = (n + 3) / 4;
   const int columns = t.rows * t.samples;
   for (int task = threadIdx.x; task < quarter * inputs; task += kThreads) {
@@ -253,9 +255,9 @@ FF_D void parameters_bwd(const NetTile<T>& t, const NetLayer& l, const T* g, con
     for (int v = 0; v < 4; ++v)
 #pragma unroll
       for (int u = 0; u < 4; ++u)
-        if (k + v * inputs < n) sums[l.weight + (k + v * inputs) * padded + m + u * quarter] += sum[v][u];
+        if (k + v * inputs < n) sums[l.weight + (k + v * inputs) * padded + m + u * quarter] += double(sum[v][u]);
   }
-  T* const vectors = sums + l.weight + n * padded;
+  double* const vectors = sums + l.weight + n * padded;
   for (int task = threadIdx.x; task < out * (t.net.gated ? 4 : 2); task += kThreads) {
     const int which = task / out, m = task - which * out;
     const T* const of = of_units + ((which >= kGate ? int(t.net.widest) : 0) + m) * t.samples;
@@ -264,7 +266,7 @@ FF_D void parameters_bwd(const NetTile<T>& t, const NetLayer& l, const T* g, con
       const T value = which == kBias ? g[m * t.stride + s] : of[s];
       sum += which == kShift || which == kGate ? t.times[s] * value : value;
     }
-    vectors[which * padded + m] += sum;
+    vectors[which * padded + m] += double(sum);
   }
 }
 
@@ -320,7 +322,7 @@ FF_D void inputs_bwd(const NetTile<T>& t, const NetLayer& l, int rows, const T* 
 // The reverse of net_keep: `g` holds the gradients of the outputs' rows and is overwritten, as `other` is. Adds to the
 // parameters' `sums` where these are given; returns where row 0 of the gradient of the inputs is.
 template <class T>
-FF_D T* net_bwd(const NetTile<T>& t, const T* in, T* kept, T* g, T* other, T* of_units, T* sums) {
+FF_D T* net_bwd(const NetTile<T>& t, const T* in, T* kept, T* g, T* other, T* of_units, double* sums) {
   T* const values = kept + (t.keeps_linear() ? t.net.units * t.stride : 0);
   for (int i = int(t.net.depth) - 1; i >= 0; --i) {
     const NetLayer& l = t.net.layers[i];

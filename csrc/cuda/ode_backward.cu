@@ -25,7 +25,7 @@ struct OdeBackward {
   BackwardPlaces places;
   char *gvalues, *gtraces, *genergies;  // [T, B, D], [T, S, B], [T, 2, B]
   Matrix gx;
-  char* partial;   // [blocks, parameters]
+  char* partial;   // [blocks, parameters] of double
   char* replayed;  // [blocks, length, D, tile]: the states between two that were kept
   int64_t length, blocks, tiles;
 };
@@ -35,7 +35,8 @@ struct Undo {
   const OdeBackward& a;
   NetTile<T> net;
   Tableau method;
-  T *input, *kept, *g, *other, *of_units, *y, *slopes, *gstages, *gstate, *seeds, *table, *sums, *replayed;
+  T *input, *kept, *g, *other, *of_units, *y, *slopes, *gstages, *gstate, *seeds, *table, *replayed;
+  double* sums;
   Track* tracks;
   int64_t* most;
   int features, tangents, rows, samples;
@@ -58,11 +59,11 @@ struct Undo {
     rows = features + tangents + int(a.ode.energies);
     begin = 0;
     sign = a.ode.time(a.ode.count) < a.ode.time(0) ? -1 : 1;
-    sums = reinterpret_cast<T*>(a.partial) + int64_t(blockIdx.x) * a.ode.net.size;
+    sums = reinterpret_cast<double*>(a.partial) + int64_t(blockIdx.x) * a.ode.net.size;
     replayed = reinterpret_cast<T*>(a.replayed) + int64_t(blockIdx.x) * a.length * features * samples;
     const int n = method.stages * (method.stages + 1);  // a and b
     for (int i = threadIdx.x; i < n; i += kThreads) table[i] = T(method.a[i]);
-    for (int64_t i = threadIdx.x; i < a.ode.net.size; i += kThreads) sums[i] = T(0);
+    for (int64_t i = threadIdx.x; i < a.ode.net.size; i += kThreads) sums[i] = 0;
   }
   FF_D int64_t global(int s) const { return smaller(begin + s, a.ode.samples - 1); }
   FF_D bool valid(int s) const { return begin + s < a.ode.samples; }

@@ -170,18 +170,18 @@ def _backward(
     sizes = net, _tangents(probes), genergies.shape[1], stages, x.element_size()
     tile, copied, places = _tile(functools.partial(_backward_places, *sizes), x.shape[0])
     tiles, parameters = -(-x.shape[0] // tile), packed.numel()
-    blocks = min(tiles, BLOCKS, max(16, SHARES // (parameters * x.element_size())))
+    blocks = min(tiles, BLOCKS, max(16, SHARES // (parameters * 8)))
     share = Address(0, 0, scratch=True)
     fields = _ode(net, probes, steps, states, times, x, tile, copied, genergies.shape[1], exact)
     fields += [*places.starts, Address(8), Address(9), Address(10), Address(11), *gx.stride(), share]
     fields += [Address(1, 0, scratch=True), length, blocks, tiles]
     types = (accumulates(x),)
-    finish = Instance("mlp_coupling", "mlp_coupling_finish", "StackFinish", types)
+    finish = Instance("mlp_coupling", "mlp_coupling_finish", "StackFinish", ("double",))
     launches = [
         Launch(Instance("ode_backward", "ode_bwd", "OdeBackward", types), blocks, fields, places.bytes),
         Launch(finish, -(-parameters // THREADS), [share, Address(12), parameters, blocks]),
     ]
-    return Plan(launches, [(blocks * parameters, x.dtype), (blocks * length * x.shape[1] * tile, x.dtype)])
+    return Plan(launches, [(blocks * parameters, torch.float64), (blocks * length * x.shape[1] * tile, x.dtype)])
 
 
 def mlp_ode_bwd(
@@ -190,7 +190,7 @@ def mlp_ode_bwd(
 ) -> None:  # fmt: skip
     net, stages = network(x, params, layer, activation), int(method[0])
     packed = pack(params, net)
-    flat = torch.empty_like(packed)
+    flat = torch.empty_like(packed, dtype=torch.float64)
     # the longest segment between two states that were kept
     length = min(int(counts[:, 3].max()), int(counts[:, 1].max()))
     grads = (g.contiguous() for g in (gvalues, gtraces, genergies))
