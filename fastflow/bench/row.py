@@ -25,6 +25,7 @@ FAMILIES = (  # one file of rows each
     "masked",
     "mlp_coupling",
     "wavenet",
+    "gru_ode",
 )
 CPU = ("reference",)
 GPU = ("triton", "eager graph")  # beside fastflow, eager and torch.compile

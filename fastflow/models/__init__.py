@@ -2,6 +2,7 @@
 
 from fastflow.models.flow_vae import FlowVAE
 from fastflow.models.glow import Glow
+from fastflow.models.gru_ode_bayes import GRUODEBayes
 from fastflow.models.iaf import IAF, IAFlow
 from fastflow.models.iaf_vae import IAFVAE
 from fastflow.models.made import MADE, GaussianMADE
@@ -14,6 +15,7 @@ from fastflow.models.wavenet import WaveNet
 
 __all__ = [
     "FlowVAE",
+    "GRUODEBayes",
     "GaussianMADE",
     "Glow",
     "IAF",

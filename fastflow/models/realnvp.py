@@ -394,7 +394,6 @@ def diagonal(channels: int) -> list[int]:
     return [4 * c + 2 * row + column for row, column in ((0, 0), (1, 1), (0, 1), (1, 0)) for c in range(channels)]
 
 
-
 def _one_of(name: str, value: str, allowed: Sequence[str]) -> None:
     if value not in allowed:
         raise ValueError(f"{name}: expected one of {', '.join(allowed)}, got {value!r}")

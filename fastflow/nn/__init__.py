@@ -15,6 +15,7 @@ from fastflow.nn.made import MADE, MaskedLinear
 from fastflow.nn.masked_affine import MaskedAffine
 from fastflow.nn.masked_conv import ConvAutoregressive, MaskedConv2d, WeightNormConv2d
 from fastflow.nn.mlp_coupling import CouplingStack, MLPCoupling
+from fastflow.nn.observations import Observations
 from fastflow.nn.permutation import Permutation
 from fastflow.nn.planar import Planar
 from fastflow.nn.radial import Radial
@@ -49,6 +50,7 @@ __all__ = [
     "MaskedConv2d",
     "MaskedLinear",
     "NonFiniteError",
+    "Observations",
     "Permutation",
     "Planar",
     "Radial",
