@@ -306,7 +306,9 @@ def test_rows_that_are_all_missing():
 def test_targets():
     """Scored, and not shown to the filter."""
     model, data = made(), series(8, seed=4)
-    masks = torch.where((data.masks == 1) & (data.times[:, None] > 1), 2.0, data.masks)
+    late = data.times[:, None] > torch.tensor([1.0, 0.5])  # in between only one of the channels is a target
+    masks = torch.where((data.masks == 1) & late, 2.0, data.masks)
+    assert ((masks == 1).any(1) & (masks == 2).any(1)).any()
     held = data._replace(masks=masks)
     moved = held._replace(values=data.values + 3 * (masks == 2))
     assert torch.equal(model.filter(held).pre, model.filter(moved).pre)
