@@ -322,6 +322,8 @@ def test_targets():
     torch.testing.assert_close(model.evaluate(held), scores.log_likelihood)
     assert torch.equal(model.metrics(held)["MSE"], scores.squared_error)
     torch.testing.assert_close(model(held).sum(), expected[masks != 0].sum())
+    after = model.channels.post_loss(pre, model.filter(held).post, data.values, "code")[masks == 1].sum()
+    torch.testing.assert_close(model.loss(held).sum(), model.mixing * after - expected[masks != 0].sum())
     torch.testing.assert_close(model.evaluate(data), model(data))  # no targets: one step ahead
 
 
