@@ -1,9 +1,6 @@
 """Batch normalisation as a layer of a flow."""
 
 import copy
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -118,39 +115,3 @@ def test_compiles_and_takes_half_precision():
     half, more = layer(x.bfloat16())
     assert half.dtype == torch.bfloat16 and more.dtype == torch.float32
     torch.testing.assert_close(half.float(), z, rtol=2e-2, atol=2e-2)
-
-
-TWO_PROCESSES = """
-import sys, torch
-import torch.distributed as dist
-from fastflow import nn
-rank, store, out = int(sys.argv[1]), sys.argv[2], sys.argv[3]
-dist.init_process_group("gloo", init_method="file://" + store, rank=rank, world_size=2)
-x = 3 + 2 * torch.randn(10, 5, 4, 4, generator=torch.Generator().manual_seed(0))
-x = (x[:3] if rank == 0 else x[3:]).requires_grad_()   # shares of different sizes
-layer = nn.BatchNorm(5)
-z, logdet = layer(x)
-(z.pow(3).sum() + logdet.sum()).backward()
-torch.save((z, x.grad, layer.running_var), out + str(rank))
-dist.barrier()
-dist.destroy_process_group()
-"""
-
-
-def test_statistics_and_gradients_over_all_ranks(tmp_path):
-    arguments = [sys.executable, "-c", TWO_PROCESSES]
-    environment = os.environ | {"GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": os.pathsep.join(sys.path)}
-    started = [
-        subprocess.Popen([*arguments, str(rank), str(tmp_path / "store"), str(tmp_path / "out")], env=environment)
-        for rank in range(2)
-    ]
-    assert [p.wait(120) for p in started] == [0, 0]
-    x = (3 + 2 * torch.randn(10, 5, 4, 4, generator=torch.Generator().manual_seed(0))).requires_grad_()
-    layer = BatchNorm(5)
-    z, logdet = layer(x)
-    (z.pow(3).sum() + logdet.sum()).backward()
-    first, second = (torch.load(tmp_path / f"out{rank}") for rank in range(2))
-    for i, whole in enumerate((z, x.grad)):
-        torch.testing.assert_close(torch.cat([first[i], second[i]]), whole, rtol=1e-4, atol=1e-4)
-    for part in (first, second):
-        torch.testing.assert_close(part[2], layer.running_var)

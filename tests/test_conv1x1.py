@@ -2,10 +2,7 @@
 
 import copy
 import io
-import os
 import pickle
-import subprocess
-import sys
 import threading
 
 import pytest
@@ -475,32 +472,3 @@ def test_actnorm_state_travels(assign):
         later = nn.ActNorm(3, gain=2.0)
     later.load_state_dict(layer.state_dict(), assign=True)
     assert torch.equal(later(x)[0], layer(x)[0])
-
-
-TWO_PROCESSES = """
-import sys, torch
-import torch.distributed as dist
-from fastflow import nn
-rank, store, out = int(sys.argv[1]), sys.argv[2], sys.argv[3]
-dist.init_process_group("gloo", init_method="file://" + store, rank=rank, world_size=2)
-x = 3 + 2 * torch.randn(10, 5, 4, 4, generator=torch.Generator().manual_seed(0))
-layer = nn.ActNorm(5)
-layer(x[:3] if rank == 0 else x[3:])   # shares of different sizes
-torch.save(layer.state_dict(), out + str(rank))
-dist.destroy_process_group()
-"""
-
-
-def test_actnorm_statistics_over_all_ranks(tmp_path):
-    arguments = [sys.executable, "-c", TWO_PROCESSES]
-    environment = os.environ | {"GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": os.pathsep.join(sys.path)}
-    started = [
-        subprocess.Popen([*arguments, str(rank), str(tmp_path / "store"), str(tmp_path / "out")], env=environment)
-        for rank in range(2)
-    ]
-    assert [p.wait(120) for p in started] == [0, 0]
-    alone = nn.ActNorm(5)
-    alone(3 + 2 * torch.randn(10, 5, 4, 4, generator=torch.Generator().manual_seed(0)))
-    for rank in range(2):
-        for name, value in torch.load(tmp_path / f"out{rank}").items():
-            assert torch.allclose(value.double(), alone.state_dict()[name].double(), atol=1e-6)

@@ -1,9 +1,5 @@
 """Batch normalisation by running statistics."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 
@@ -103,35 +99,3 @@ def test_compiles_and_takes_half_precision():
     half, more = MovingBatchNorm(3)(x.bfloat16())
     assert half.dtype == torch.bfloat16 and more.dtype == torch.float32
     torch.testing.assert_close(half.float(), z, rtol=2e-2, atol=2e-2)
-
-
-TWO_PROCESSES = """
-import sys, torch
-import torch.distributed as dist
-from fastflow import nn
-rank, store, out = int(sys.argv[1]), sys.argv[2], sys.argv[3]
-dist.init_process_group("gloo", init_method="file://" + store, rank=rank, world_size=2)
-x = 3 + 2 * torch.randn(10, 5, 4, 4, generator=torch.Generator().manual_seed(0))
-layer = nn.MovingBatchNorm(5)
-layer(x[:3] if rank == 0 else x[3:])   # shares of different sizes
-torch.save((layer.running_mean, layer.running_var), out + str(rank))
-dist.barrier()
-dist.destroy_process_group()
-"""
-
-
-def test_statistics_over_all_ranks(tmp_path):
-    arguments = [sys.executable, "-c", TWO_PROCESSES]
-    environment = os.environ | {"GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": os.pathsep.join(sys.path)}
-    started = [
-        subprocess.Popen([*arguments, str(rank), str(tmp_path / "store"), str(tmp_path / "out")], env=environment)
-        for rank in range(2)
-    ]
-    assert [p.wait(120) for p in started] == [0, 0]
-    x = 3 + 2 * torch.randn(10, 5, 4, 4, generator=torch.Generator().manual_seed(0))
-    layer = MovingBatchNorm(5)
-    layer(x)
-    for rank in range(2):
-        mean, variance = torch.load(tmp_path / f"out{rank}")
-        torch.testing.assert_close(mean, layer.running_mean)
-        torch.testing.assert_close(variance, layer.running_var)

@@ -7,19 +7,20 @@ https://arxiv.org/abs/1806.07366.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from fastflow.nn.base import Bijection, Sequential, no_context
+from fastflow.nn.base import Bijection, Sequential
 from fastflow.nn.base_distribution import Base, DiagonalGaussian, StandardNormal
 from fastflow.nn.continuous import Continuous, Trace
 from fastflow.nn.dynamics import MLPDynamics
 from fastflow.nn.flow import Flow
 
-__all__ = ["CNF", "ContinuousFlow", "Estimate", "PlanarDynamics"]
+__all__ = ["CNF", "ContinuousFlow", "ContinuousModel", "Estimate", "PlanarDynamics"]
 
 
 class Estimate(NamedTuple):
@@ -29,76 +30,77 @@ class Estimate(NamedTuple):
     standard_error: Tensor
 
 
-class ContinuousFlow(Flow):
-    r"""A base seen through layers of which some are :class:`fastflow.nn.Continuous`: what those models share.
+class ContinuousModel(nn.Module):
+    r"""What models share of whose layers some are :class:`fastflow.nn.Continuous`; it stands before the class that
+    says how the layers make a density, :class:`fastflow.nn.Flow` or :class:`fastflow.nn.MultiScale`.
 
-    Args:
-        base, layers: of the flow.
-        kinetic, jacobian: :math:`\lambda_K, \lambda_J` of the loss
-            :math:`-\log p(x) + \lambda_K \int |f|^2 dt + \lambda_J \int |\partial_x f\, e|^2 dt`.
+    :attr:`kinetic` and :attr:`jacobian` are :math:`\lambda_K, \lambda_J` of the loss
+    :math:`-\log p(x) + \lambda_K \int |f|^2 dt + \lambda_J \int |\partial_x f\, e|^2 dt`, summed over the layers.
     """
 
-    def __init__(self, base: Base, layers: Iterable[Bijection], kinetic: float = 0.0, jacobian: float = 0.0) -> None:
+    kinetic = jacobian = 0.0
+
+    def _regularise(self, kinetic: float, jacobian: float) -> None:
         for name, value in (("kinetic", kinetic), ("jacobian", jacobian)):
             if not 0 <= value < math.inf:
                 raise ValueError(f"{name}: expected a number of at least 0, got {value}")
-        super().__init__(base, Sequential(*layers))
         self.kinetic, self.jacobian = kinetic, jacobian
 
     @property
     def blocks(self) -> list[Continuous]:
         """The continuous layers, from data to latents."""
-        return [layer for layer in self.bijection if isinstance(layer, Continuous)]
+        return [m for m in self.modules() if isinstance(m, Continuous)]
 
     @property
     def evaluations(self) -> int:
         """Of the dynamics, in the last pass through all blocks; the largest of the samples' with ``per_sample``."""
         return sum(int(block.steps.evaluations.max()) for block in self.blocks)
 
-    def _through(self, x: Tensor, inverse: bool = False, **options: Any) -> tuple[Tensor, Tensor]:
-        """One pass: (the other end, the log-determinants [S, B] by each probe, [1, B] where none is random)."""
-        if tuple(x.shape[1:]) != self.base.shape:
-            raise ValueError(f"x: expected [B, {', '.join(map(str, self.base.shape))}], got {list(x.shape)}")
-        layers = list(self.bijection)
-        total = x.new_zeros(1, len(x))
-        for layer in reversed(layers) if inverse else layers:
-            run = layer.inverse if inverse else layer
-            if isinstance(layer, Continuous):
-                x, _ = run(x, **options)
-                total = total + (layer.estimates if options.get("trace", "own") is not None else 0.0)
-            else:
-                x, logdet = run(x)
-                total = total + logdet
-        return x, total
+    @contextmanager
+    def _blocks_with(self, **settings: Any) -> Iterator[None]:
+        """All blocks with other settings for a while; a trace is that of both modes."""
+        if "trace" in settings:
+            settings["eval_trace"] = settings["trace"]
+        blocks = self.blocks
+        before = [{name: getattr(block, name) for name in settings} for block in blocks]
+        try:
+            for block in blocks:
+                vars(block).update(settings)
+            yield
+        finally:
+            for block, old in zip(blocks, before, strict=True):
+                vars(block).update(old)
 
     def log_prob(
         self,
         x: Tensor,
         context: Tensor | None = None,
         *,
-        trace: Trace | Literal["own"] = "own",
+        trace: Trace | None = None,
         probes: int | Tensor | None = None,
     ) -> Tensor:
-        """[B] in nats. ``trace`` and ``probes`` instead of the model's own: ``trace="exact"`` is the density of a model
-        that was trained with random probes."""
-        no_context(context)
-        z, logdet = self._through(x, trace=trace, probes=probes)
-        return self.base.log_prob(z) + logdet.mean(0)
+        """log p(x) [B] in nats. ``trace`` and ``probes`` instead of the model's own: ``trace="exact"`` is the density
+        of a model that was trained with random probes. One more probe costs about as much as the value does, the exact
+        trace of D dimensions D of them."""
+        changes = {"trace": trace, "probes": probes}
+        with self._blocks_with(**{name: value for name, value in changes.items() if value is not None}):
+            return super().log_prob(x, context)
 
     def log_prob_estimate(self, x: Tensor, probes: int = 16) -> Estimate:
-        """log p(x) by several probes for every sample, in one solve, and the standard error that they leave."""
+        """log p(x) by several probes for every sample, in one pass, and the standard error that they leave."""
         if probes < 2:
             raise ValueError(f"probes: a standard error takes at least 2, got {probes}")
-        z, logdet = self._through(x, trace=_random(self.blocks[0]), probes=probes)
-        log_prob = self.base.log_prob(z) + logdet
-        return Estimate(log_prob.mean(0), log_prob.std(0) / math.sqrt(probes))
+        trace = "bottleneck" if self.blocks[0].trace == "bottleneck" else "hutchinson"
+        log_prob = self.log_prob(x, trace=trace, probes=probes)
+        each = torch.stack([block.estimates for block in self.blocks]).sum(0)  # [S, B]
+        return Estimate(log_prob, each.std(0) / math.sqrt(probes))
 
     def loss(self, x: Tensor, progress: float = 0.0) -> Tensor:
-        """What training minimises, [B] in nats: the regularisers come out of the pass that makes the density."""
+        """What training minimises, [B] in nats: the energies come out of the pass that makes the density."""
         if not (self.kinetic or self.jacobian):
             return -self(x)
-        z, logdet = self._through(x, regularize=True)
-        loss = -self.base.log_prob(z) - logdet.mean(0)
+        with self._blocks_with(regularize=True):
+            loss = -self(x)
         for block in self.blocks:
             loss = loss + self.kinetic * block.energies.kinetic + self.jacobian * block.energies.jacobian
         return loss
@@ -112,25 +114,40 @@ class ContinuousFlow(Flow):
         generator: torch.Generator | None = None,
     ) -> Tensor:
         """n samples; the trace is left out, so that the steps may differ from those of ``sample_and_log_prob``."""
-        no_context(context)
-        z = self.base.sample(n, None, temperature, generator)
-        return self._through(z, inverse=True, trace=None)[0]
+        with self._blocks_with(trace=None):
+            return super().sample(n, context, temperature, generator)
 
-    def sample_and_log_prob(
+
+class ContinuousFlow(ContinuousModel, Flow):
+    """A base seen through layers of which some are :class:`fastflow.nn.Continuous`.
+
+    Args:
+        base, layers: of the flow.
+        kinetic, jacobian: of the loss, :class:`ContinuousModel`.
+    """
+
+    def __init__(self, base: Base, layers: Iterable[Bijection], kinetic: float = 0.0, jacobian: float = 0.0) -> None:
+        super().__init__(base, Sequential(*layers))
+        self._regularise(kinetic, jacobian)
+
+    def log_prob(
         self,
-        n: int,
+        x: Tensor,
         context: Tensor | None = None,
-        temperature: float = 1.0,
-        generator: torch.Generator | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        no_context(context)
-        z, log_prob = self.base.sample_and_log_prob(n, None, temperature, generator)
-        x, logdet = self._through(z, inverse=True)
-        return x, log_prob - logdet.mean(0)
+        *,
+        trace: Trace | None = None,
+        probes: int | Tensor | None = None,
+    ) -> Tensor:
+        if tuple(x.shape[1:]) != self.base.shape:
+            raise ValueError(f"x: expected [B, {', '.join(map(str, self.base.shape))}], got {list(x.shape)}")
+        return super().log_prob(x, context, trace=trace, probes=probes)
 
 
-def _random(block: Continuous) -> Trace:
-    return "bottleneck" if block.trace == "bottleneck" else "hutchinson"
+def check_traces(trace: Trace, eval_trace: Trace | None) -> None:
+    """Raises for traces that a model whose dynamics have no bottleneck cannot take."""
+    for name, value in (("trace", trace), ("eval_trace", eval_trace or "exact")):
+        if value not in ("exact", "hutchinson"):
+            raise ValueError(f"{name}: expected 'exact' or 'hutchinson', got {value!r}")
 
 
 class CNF(ContinuousFlow):
@@ -144,7 +161,7 @@ class CNF(ContinuousFlow):
         trace: ``exact``, ``hutchinson`` or ``bottleneck``.
         solver: the method.
         base_std: the standard deviation of the normal base.
-        kinetic, jacobian: coefficients of the regularisers, :class:`ContinuousFlow`.
+        kinetic, jacobian: coefficients of the regularisers, :class:`ContinuousModel`.
         time, train_time, eval_trace, probes, kind, rtol, atol, step_size, per_sample, adjoint, checkpoints, max_steps:
             as for :class:`fastflow.nn.Continuous`.
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from fastflow.models.cnf import ContinuousFlow
+from fastflow.models.cnf import ContinuousFlow, check_traces
 from fastflow.nn.base import Bijection
 from fastflow.nn.base_distribution import StandardNormal
 from fastflow.nn.continuous import Continuous, Trace
@@ -40,7 +40,7 @@ class FFJORD(ContinuousFlow):
         batch_norm: moving batch normalisation before the first block and after every one.
         time, train_time, trace, eval_trace, probes, kind, method, rtol, atol, step_size, per_sample, adjoint,
             checkpoints, max_steps: of every block, :class:`fastflow.nn.Continuous`.
-        kinetic, jacobian: coefficients of the regularisers of RNODE, :class:`ContinuousFlow`.
+        kinetic, jacobian: coefficients of the regularisers of RNODE, :class:`ContinuousModel`.
 
     The density of a model that was trained with probes: ``log_prob(x, trace="exact")``, or ``eval_trace="exact"``;
     an estimate with its standard error: ``log_prob_estimate(x)``.
@@ -79,9 +79,7 @@ class FFJORD(ContinuousFlow):
     ) -> None:
         if blocks < 1:
             raise ValueError(f"blocks: expected at least 1, got {blocks}")
-        for name, value in (("trace", trace), ("eval_trace", eval_trace or "exact")):
-            if value not in ("exact", "hutchinson"):
-                raise ValueError(f"{name}: expected 'exact' or 'hutchinson', got {value!r}")
+        check_traces(trace, eval_trace)
         network = {"features": features, "hidden": tuple(hidden), "layer": layer, "activation": activation}
         solve = {
             "time": time, "train_time": train_time, "trace": trace, "eval_trace": eval_trace, "probes": probes,

@@ -5,15 +5,13 @@ Grathwohl, Chen, Bettencourt, Sutskever & Duvenaud, 2018, https://arxiv.org/abs/
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from fastflow.models.cnf import Estimate
+from fastflow.models.cnf import ContinuousModel, check_traces
 from fastflow.nn.actnorm import ActNorm
 from fastflow.nn.base import Bijection, Sequential
 from fastflow.nn.continuous import Continuous
@@ -31,7 +29,7 @@ _SOLVE = ("time", "train_time", "trace", "eval_trace", "probes", "kind", "method
           "adjoint", "max_steps")  # fmt: skip
 
 
-class ODENVP(MultiScale):
+class ODENVP(ContinuousModel, MultiScale):
     r"""FFJORD on images.
 
     A scale is ``blocks`` continuous flows with convolutional dynamics, a squeeze to [4C, H/2, W/2], and as many flows
@@ -94,15 +92,12 @@ class ODENVP(MultiScale):
         super().__init__(image_shape)
         self.config = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         self.config |= {"image_shape": self.image_shape, "hidden": tuple(hidden)}
-        for name, value in (("trace", trace), ("eval_trace", eval_trace or "exact")):
-            if value not in ("exact", "hutchinson"):
-                raise ValueError(f"{name}: expected 'exact' or 'hutchinson', got {value!r}")
+        check_traces(trace, eval_trace)
         if norm not in ("none", "actnorm"):
             raise ValueError(f"norm: expected none or actnorm, got {norm!r}")
         if blocks < 1:
             raise ValueError(f"blocks: expected at least 1, got {blocks}")
-        if not (kinetic >= 0 and jacobian >= 0):
-            raise ValueError(f"kinetic, jacobian: expected weights of at least 0, got {kinetic} and {jacobian}")
+        self._regularise(kinetic, jacobian)
         self.preprocess = Sequential() if alpha is None else Sequential(Logit(alpha, -0.5, 0.5))
         channels, count = self.image_shape[0], _scales(self.image_shape, scales)
         for scale in range(count):
@@ -123,79 +118,9 @@ class ODENVP(MultiScale):
         ]
         return [ActNorm(channels), *flows] if c["norm"] == "actnorm" else flows
 
-    @property
-    def blocks(self) -> list[Continuous]:
-        """The continuous flows, from data to latents."""
-        return [m for m in self.modules() if isinstance(m, Continuous)]
-
-    @property
-    def evaluations(self) -> int:
-        """Of the dynamics, in the last pass through all blocks."""
-        return sum(int(block.steps.evaluations) for block in self.blocks)
-
-    @contextmanager
-    def _blocks_with(self, **settings: Any) -> Iterator[None]:
-        """All blocks with other settings for a while."""
-        blocks = self.blocks
-        before = [{name: getattr(block, name) for name in settings} for block in blocks]
-        try:
-            for block in blocks:
-                vars(block).update(settings)
-            yield
-        finally:
-            for block, old in zip(blocks, before, strict=True):
-                vars(block).update(old)
-
-    # --- densities and samples --------------------------------------------------------------------------
-
-    def log_prob(
-        self,
-        x: Tensor,
-        context: Tensor | None = None,
-        *,
-        trace: Literal["exact", "hutchinson"] | None = None,
-        probes: int | None = None,
-    ) -> Tensor:
-        """log p(x) [B] in nats. ``trace`` and ``probes`` instead of the model's own: one more probe costs about as
-        much as the value does, the exact trace C H W of them."""
-        changes = {"trace": trace, "eval_trace": trace, "probes": probes}
-        with self._blocks_with(**{name: value for name, value in changes.items() if value is not None}):
-            return super().log_prob(x, context)
-
-    def log_prob_estimate(self, x: Tensor, probes: int = 16) -> Estimate:
-        """log p(x) by several probes for every sample, in one pass, and the standard error that they leave."""
-        if probes < 2:
-            raise ValueError(f"probes: a standard error takes at least 2, got {probes}")
-        log_prob = self.log_prob(x, trace="hutchinson", probes=probes)
-        each = torch.stack([block.estimates for block in self.blocks]).sum(0)  # [S, B]
-        return Estimate(log_prob, each.std(0) / math.sqrt(probes))
-
-    def loss(self, x: Tensor, progress: float = 0.0) -> Tensor:
-        """What training minimises, [B] in nats: -log p(x) and the weighted energies."""
-        kinetic, jacobian = self.config["kinetic"], self.config["jacobian"]
-        if not (kinetic or jacobian):
-            return -self(x)
-        with self._blocks_with(regularize=True):
-            loss = -self.log_prob(x)
-        for block in self.blocks:
-            loss = loss + kinetic * block.energies.kinetic + jacobian * block.energies.jacobian
-        return loss
-
-    @torch.no_grad()
-    def sample(
-        self,
-        n: int,
-        context: Tensor | None = None,
-        temperature: float = 1.0,
-        generator: torch.Generator | None = None,
-    ) -> Tensor:
-        """x [n, C, H, W]; the trace is left out, so that the steps may differ from ``sample_and_log_prob``'s."""
-        with self._blocks_with(trace=None, eval_trace=None):
-            return super().sample(n, context, temperature, generator)
-
     def decode(self, latents: Sequence[Tensor], context: Tensor | None = None) -> Tensor:
         """The image of given latents: the inverse of :meth:`encode`."""
-        with self._blocks_with(trace=None, eval_trace=None):
+        with self._blocks_with(trace=None):
             return super().decode(latents, context)
 
     @torch.no_grad()
@@ -205,7 +130,7 @@ class ODENVP(MultiScale):
         if any(m.ready for m in norms):
             raise RuntimeError("initialize: this model has been initialised already")
         if norms:
-            with self._blocks_with(trace=None, eval_trace=None):
+            with self._blocks_with(trace=None):
                 self.encode(batch, context)
 
 

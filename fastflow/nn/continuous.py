@@ -228,6 +228,7 @@ class Continuous(Bijection):
 
     def _probes(self, x: Tensor, times: Tensor, trace: Trace, probes: int | Tensor | None) -> Tensor:
         """[S, B, ...], those of a bottleneck as wide as it is."""
+        probes = self.probes if probes is None else probes
         if isinstance(probes, Tensor):
             if trace == "hutchinson" and probes.shape[1:] != x.shape:
                 raise ValueError(f"probes: expected [S, {', '.join(map(str, x.shape))}], got {list(probes.shape)}")
@@ -236,10 +237,9 @@ class Continuous(Bijection):
         if trace == "bottleneck" and len(x):
             with torch.no_grad():
                 shape = self.dynamics.encoder(times[0].to(x), x).shape
-        count = self.probes if probes is None else probes
-        if count < 1:
-            raise ValueError(f"probes: expected at least 1, got {count}")
-        return traces.probes((count, *shape), self.kind, dtype=x.dtype, device=x.device)
+        if probes < 1:
+            raise ValueError(f"probes: expected at least 1, got {probes}")
+        return traces.probes((probes, *shape), self.kind, dtype=x.dtype, device=x.device)
 
     # --- what the last call took ------------------------------------------------------------------------
 
