@@ -61,7 +61,8 @@ FF_HD double growth(double norm, int order) {
 
 // --- the states that are kept: those before the steps 0, spacing, 2 spacing, ..., at most `room` of them -----------
 
-// Before step n: where its state goes, or -1. When all room is taken every other state is dropped: see `thin`.
+// Before step n: where its state goes, or -1. When all room is taken every other state is
+// dropped and the spacing doubles.
 FF_HD bool full(int64_t n, int64_t spacing, int64_t room) { return n / spacing >= room; }
 FF_HD int64_t slot(int64_t n, int64_t spacing) { return n % spacing == 0 ? n / spacing : -1; }
 

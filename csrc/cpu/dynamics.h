@@ -206,10 +206,8 @@ void multiply(int64_t rows, const T* a, int64_t a_row, const Packed<T>& b, T* c,
   parallel_for(panels * strips, parallel, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
       const int64_t first = task / strips * kPanel, row = task % strips * height, width = b.panel_width(first);
-      for (int64_t k = 0; k < b.depth; k += kDepth)
-        multiply(Product<T>{std::min(height, rows - row), width, std::min(kDepth, b.depth - k), a + row * a_row + k,
-                            a_row, 1, b.data.data() + first * b.depth + k * width, width, c + row * c_row + first,
-                            c_row, k > 0});
+      multiply(Product<T>{std::min(height, rows - row), width, b.depth, a + row * a_row, a_row, 1,
+                          b.data.data() + first * b.depth, width, c + row * c_row + first, c_row});
     }
   });
 }
@@ -263,7 +261,13 @@ struct Dynamics {
     }
   }
   int64_t depth() const { return int64_t(layers.size()); }
-  int64_t block(int64_t samples) const { return wide ? samples : std::max<int64_t>(1, kBlockRows / rows); }
+  // samples of a block: as many as fit, in a number of blocks that threads share out evenly
+  int64_t block(int64_t samples) const {
+    if (wide) return samples;
+    const int64_t blocks = (samples * rows + kBlockRows - 1) / kBlockRows,
+                  even = blocks > 2 ? (blocks + 3) / 4 * 4 : blocks;
+    return std::max<int64_t>(1, (samples + even - 1) / std::max<int64_t>(1, even));
+  }
 };
 
 // Gates, biases and drifts of all units at one time, or at the time of each sample of a block.

@@ -27,7 +27,7 @@ __all__ = ["mlp_trace"]
 FAMILY = Family("trace")
 
 ACTIVATIONS = ("tanh", "softplus", "elu", "silu")  # as in csrc/trace.h
-LAYERS = ("concat", "concat_squash", "ignore")  # as in csrc/cpu/trace.cpp
+LAYERS = ("concat", "concat_squash", "ignore")  # as in csrc/cpu/dynamics.h
 # up to this width a block of samples stays in the cache through all layers; wider ones, and others, go one by one
 FUSED_WIDTH = {"cpu": 128}
 
