@@ -90,8 +90,7 @@ def test_fused_is_what_torchdiffeq_makes(method, trace):
     x, e = 2 * randn(7, 3), randn(2, 7, 3).sign()
     for times in ((0.0, 0.3, 0.7), (0.7, 0.0)):
         ours, theirs = (
-            flow(network(), fused, rtol=1e-4, atol=1e-4, **options).solve(x, times, probes=e)
-            for fused in (True, False)
+            flow(network(), fused, rtol=1e-4, atol=1e-4, **options).solve(x, times, probes=e) for fused in (True, False)
         )
         assert [int(n) for n in ours.steps] == [int(n) for n in theirs.steps]
         for one, other in zip(ours[:4], theirs[:4], strict=True):

@@ -84,6 +84,11 @@ def test_what_does_not_fit_is_served_by_the_reference(constants):
     both(X, net(3, 9, 3), method="euler", exact=True)
 
 
+def test_the_adjoint_is_the_reference_s():
+    """After a solve by the kernels."""
+    both(X, net(3, 4, 3), gradient="adjoint", exact=True, rtol=1e-6, atol=1e-6)
+
+
 def failing(match, x, layers, **options):
     messages = []
     for backend in ("cuda", "reference"):

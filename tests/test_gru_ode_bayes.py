@@ -3,6 +3,8 @@
 import copy
 import json
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -251,6 +253,30 @@ def test_missing_values_change_no_bit(options):
         assert torch.equal(model.loss(x), loss)
 
 
+def test_observations_made_by_hand_are_checked():
+    model, data = made(), series()
+    nan = torch.where(data.masks == 0, torch.nan, data.values)
+    grads = []
+    for values in (data.values, nan):
+        model.zero_grad()
+        model.loss(data._replace(values=values)).sum().backward()
+        grads.append([p.grad.clone() for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+    for wrong, message in (
+        ({"values": nan, "masks": torch.where(data.masks == 0, 2.0, data.masks)}, "values: expected finite numbers"),
+        ({"masks": data.masks * 5}, "masks: expected 0"),
+        ({"times": data.times * 0}, "times: expected one row for a time"),
+        ({"times": -data.times}, "times: expected finite ones from 0 on"),
+        ({"times": data.times.float()}, "x: expected int64 offsets, float64 times"),
+        ({"offsets": data.offsets[:-1]}, "x: expected int64 offsets"),
+        ({"offsets": data.offsets - 1}, "offsets: expected to rise from 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model(data._replace(**wrong))
+    with pytest.raises(TypeError, match="x: expected Observations or a tensor, got list"):
+        model([1.0])
+
+
 def test_no_observations():
     model = made(horizon=1.0)
     data = Observations.from_lists([[], [0.5]], [[], [[1.0, 2.0]]], covariates=[[1.0], [2.0]])
@@ -280,7 +306,9 @@ def test_rows_that_are_all_missing():
 def test_targets():
     """Scored, and not shown to the filter."""
     model, data = made(), series(8, seed=4)
-    masks = torch.where((data.masks == 1) & (data.times[:, None] > 1), 2.0, data.masks)
+    late = data.times[:, None] > torch.tensor([1.0, 0.5])  # in between only one of the channels is a target
+    masks = torch.where((data.masks == 1) & late, 2.0, data.masks)
+    assert ((masks == 1).any(1) & (masks == 2).any(1)).any()
     held = data._replace(masks=masks)
     moved = held._replace(values=data.values + 3 * (masks == 2))
     assert torch.equal(model.filter(held).pre, model.filter(moved).pre)
@@ -294,6 +322,8 @@ def test_targets():
     torch.testing.assert_close(model.evaluate(held), scores.log_likelihood)
     assert torch.equal(model.metrics(held)["MSE"], scores.squared_error)
     torch.testing.assert_close(model(held).sum(), expected[masks != 0].sum())
+    after = model.channels.post_loss(pre, model.filter(held).post, data.values, "code")[masks == 1].sum()
+    torch.testing.assert_close(model.loss(held).sum(), model.mixing * after - expected[masks != 0].sum())
     torch.testing.assert_close(model.evaluate(data), model(data))  # no targets: one step ahead
 
 
@@ -475,6 +505,33 @@ def test_stream_errors():
         stream.load_state_dict(made().stream(2, torch.zeros(2, 1)).state_dict())
     with pytest.raises(ValueError, match=r"covariates: expected \[2, 1\]"):
         made().stream(2)
+    with pytest.raises(ValueError, match="state: expected state, time, count, covariates, got no state"):
+        stream.load_state_dict({})
+    with pytest.raises(ValueError, match="n: expected at least 0"):
+        made().stream(-1)
+
+
+@pytest.mark.slow  # it imports torch anew
+def test_a_stream_goes_on_in_another_process(tmp_path):
+    model, data = made(clock="legacy"), series(2)
+    stream = model.stream(2, data.covariates)
+    stream.observe([0, 1], [0.5, 0.7], torch.ones(2, 2))
+    torch.save({"config": model.config, "model": model.state_dict(), "stream": stream.state_dict()}, tmp_path / "f.pt")
+    code = """
+import sys, torch
+from fastflow.models import GRUODEBayes
+saved = torch.load(sys.argv[1])
+model = GRUODEBayes(**saved["config"])
+model.load_state_dict(saved["model"])
+stream = model.stream(2, torch.zeros(2, 1))
+stream.load_state_dict(saved["stream"])
+stream.observe(1, 1.1, [2.0, float("nan")])
+torch.save([*stream.predict(1.5), *stream.state_dict().values()], sys.argv[1])
+"""
+    subprocess.run([sys.executable, "-c", code, tmp_path / "f.pt"], check=True)
+    stream.observe(1, 1.1, [2.0, float("nan")])
+    expected = [*stream.predict(1.5), *stream.state_dict().values()]
+    assert all(torch.equal(a, b) for a, b in zip(torch.load(tmp_path / "f.pt"), expected, strict=True))
 
 
 def test_sample():
@@ -492,6 +549,10 @@ def test_sample():
     still = model.sample(1, torch.ones(1, 1), temperature=0, times=[0.5])
     torch.testing.assert_close(still[0, 0, 1:3], model.stream(1, [[1.0]]).predict(0.5)[0][0])
     assert model.sample(2, torch.ones(2, 1)).shape == (2, 50, 6)
+    stream = model.stream(2, torch.ones(2, 1))
+    assert stream.sample([0.0, 0.5]).shape == (2, 2, 2) and stream.count.tolist() == [2, 2]
+    with pytest.raises(ValueError, match="time: expected one after the last observation, got 0.5 twice in series 0"):
+        stream.sample([0.5])
     with pytest.raises(ValueError, match="times: expected"):
         made().sample(2, torch.ones(2, 1))
 

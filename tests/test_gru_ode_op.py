@@ -138,6 +138,21 @@ def test_adaptive_gradient(backend):
     torch.testing.assert_close(grad, fine, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("rest", [0, 3])
+def test_purely_relative_tolerances(backend, rest):
+    """What is 0 and stays so, units of a state or all of it, is no fault."""
+    h0, _, *given = problem(rows=(0,), dtype=torch.float64)
+    h0[:, rest:] = 0
+    hidden = given[2].hidden.clone()
+    hidden.view(3, H, H)[2, rest:] = 0
+    given[2] = given[2]._replace(hidden=hidden)
+    options = {"method": "dopri5", "backend": backend, "rtol": 1e-8}
+    out, wanted = (ops.gru_ode_filter(h0, regular((0,), 1, last=1), *given, **options, atol=a) for a in (0.0, 1e-9))
+    assert (out.state[:, rest:] == 0).all() and out.steps[0, 1] > 0
+    torch.testing.assert_close(out.state, wanted.state, rtol=1e-7, atol=1e-7)
+
+
 @pytest.mark.parametrize(("method", "order"), [("euler", 1), ("midpoint", 2)])
 def test_order(method, order):
     h0, _, *rest = problem(rows=(1,))

@@ -5,6 +5,7 @@ import json
 import math
 import signal
 import subprocess
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,11 +13,13 @@ import torch
 from standins import command, environment, run, sample_command, worker, write_series, write_stays
 
 from fastflow.errors import SolverError
+from fastflow.models import GRUODEBayes
 from fastflow.nn.observations import Observations
 from fastflow.train import NonFiniteLoss, Series, UserError, evaluate, load_data, load_model, loop, record
 from fastflow.train.checkpoint import load_checkpoint
 from fastflow.train.data import series as module
 from fastflow.train.metrics import read_metrics
+from fastflow.train.recipes import gru_ode_bayes
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -313,6 +316,16 @@ def test_figures_are_means_over_observed_values(tmp_path):
     tensors = load_checkpoint(tmp_path / "run" / "checkpoint")[1]
     averaged.load_state_dict({name: tensors[f"ema/{name}"] for name in ("mean", "log_std")})
     assert result.held_out == pytest.approx(evaluate(averaged, data, score=averaged.evaluate), rel=1e-5)
+
+
+def test_the_recipe_beats_a_constant(tmp_path):
+    """On double-OU, within two passes over few series."""
+    data = load_data("double-ou", series=1000)
+    recipe = gru_ode_bayes.RECIPES["double-ou"]
+    settings = replace(recipe.train, epochs=2, batch_size=50)
+    torch.manual_seed(0)
+    result = loop.train(GRUODEBayes(**recipe.config(data)), data, settings, tmp_path / "run", progress=False)
+    assert result.held_out < data.baseline()[0] - 0.2
 
 
 @pytest.fixture(scope="module")

@@ -197,7 +197,9 @@ class GRUODEBayes(nn.Module):
         A row of which only targets are known is read and nothing jumps; one of which nothing is known jumps. Without
         ``to_horizon`` the state is that after the last row.
         """
-        observations = self.observations(x)
+        return self._filter(self.observations(x), to_horizon)
+
+    def _filter(self, observations: Observations, to_horizon: bool = False) -> Filtered:
         seen = observations.masks == OBSERVED
         jumps = seen.any(1) | ~(observations.masks == TARGET).any(1)
         offsets, times = observations.offsets, observations.times
@@ -245,8 +247,7 @@ class GRUODEBayes(nn.Module):
     def observations(self, x: Tensor | Observations) -> Observations:
         """x as the model takes it: checked, in the dtype and on the device of the parameters."""
         weight = self.cell.hidden_weight
-        if not isinstance(x, Observations):
-            x = Observations.from_tensor(x, self.features)
+        x = x.checked() if isinstance(x, Observations) else Observations.from_tensor(x, self.features)
         if x.values.shape[1] != self.features or x.covariates.shape[1] != self.covariates:
             raise ValueError(
                 f"x: expected {self.features} channels and {self.covariates} covariates, got "
@@ -281,7 +282,7 @@ class GRUODEBayes(nn.Module):
         scored = observations.masks == TARGET
         if not (targets and bool(scored.any())):
             scored = observations.masks != 0
-        pre = self.filter(observations, to_horizon=False).pre
+        pre = self._filter(observations).pre
         squared = (self.channels.moments(pre)[0] - observations.values).square()
         parts = self.channels.log_prob(pre, observations.values), squared, torch.ones_like(squared)
         return Scores(*(observations.total(torch.where(scored, part, 0)) for part in parts))
@@ -294,7 +295,7 @@ class GRUODEBayes(nn.Module):
         """What is minimised, [B]: -log p before the jumps + mixing * the loss after them."""
         observations = self.observations(x)
         seen, scored = observations.masks == OBSERVED, observations.masks != 0
-        pre, post, *_ = self.filter(observations, to_horizon=False)
+        pre, post, *_ = self._filter(observations)
         cost = torch.where(scored, -self.channels.log_prob(pre, observations.values), 0)
         if self.mixing:
             after = self.channels.post_loss(pre, post, observations.values, self.post_loss)
@@ -340,7 +341,7 @@ class GRUODEBayes(nn.Module):
             merged(TARGET, observations.masks),
             observations.covariates,
         )
-        pre = self.filter(both, to_horizon=False).pre
+        pre = self._filter(both).pre
         pre = pre[torch.argsort(order)[: len(asked)]].view(b, t, 2 * d)
         return self.channels.moments(pre)
 

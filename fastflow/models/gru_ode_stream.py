@@ -19,13 +19,16 @@ __all__ = ["GRUODEStream"]
 
 Series = int | Sequence[int] | Tensor
 
+_STATE = ("state", "time", "count", "covariates")
+
 
 class GRUODEStream:
-    """n series, each at the time of its last observation: states [n, H], times [n] and numbers of observations [n].
+    """n series, each at the time of its last observation: ``state`` [n, H], ``time`` [n] and the number of
+    observations ``count`` [n].
 
     It has a copy of the model, in evaluation. What it predicts is what the model predicts of all observations at once,
     as far as the solver takes the same steps: between two observations, whatever was predicted there.
-    ``state_dict`` and ``load_state_dict`` save and restore where it stands, in tensors.
+    ``state_dict`` and ``load_state_dict`` save and restore where it stands, in tensors; the model is saved by itself.
 
     >>> from fastflow.models import GRUODEBayes
     >>> stream = GRUODEBayes(features=2, hidden=8).stream(3)
@@ -37,9 +40,11 @@ class GRUODEStream:
 
     @torch.no_grad()
     def __init__(self, model: GRUODEBayes, n: int = 1, covariates: Tensor | None = None) -> None:
+        if n < 0:
+            raise ValueError(f"n: expected at least 0 series, got {n}")
         self.model = copy.deepcopy(model).eval()
         weight = model.cell.hidden_weight
-        given = weight.new_zeros(n, 0) if covariates is None else torch.as_tensor(covariates).to(weight)
+        given = weight.new_zeros(n, 0) if covariates is None else torch.as_tensor(covariates).to(weight).clone()
         if given.shape != (n, model.covariates):
             raise ValueError(f"covariates: expected [{n}, {model.covariates}], got {list(given.shape)}")
         if not bool(given.isfinite().all()):
@@ -80,14 +85,9 @@ class GRUODEStream:
                 f"value: expected finite numbers, got {value[b, d]} in channel {d} of series {int(chosen[b])}"
             )
         self.model.channels.check(value, mask)
-        again = (now == self.time[chosen]) & (self.count[chosen] > 0)
-        if bool(again.any()):
-            b = int(again.nonzero()[0, 0])
-            raise ValueError(
-                f"time: expected one after the last observation, got {now[b]:g} twice in series {int(chosen[b])}"
-            )
+        self._refuse_again(chosen, now)
         made = self._run(chosen, now, value, mask, True)
-        self._set(chosen, made.states, now)
+        self._set(chosen, made.states, now, 1)
         return self.model.channels.moments(made.pre)
 
     @torch.no_grad()
@@ -108,26 +108,29 @@ class GRUODEStream:
         drawn, everyone = [], torch.arange(len(self.time))
         for time in torch.as_tensor(times, dtype=torch.float64).tolist():
             chosen, now = self._arguments(everyone, time)
+            self._refuse_again(chosen, now)
             made = self._ask(chosen, now)
             drawn.append(self.model.channels.draw(made.pre, temperature, generator))
-            self._set(chosen, made.states, now)
+            self._set(chosen, made.states, now, 0)
             made = self._run(chosen, now, drawn[-1], torch.ones_like(drawn[-1]), True)
-            self._set(chosen, made.states, now)
+            self._set(chosen, made.states, now, 1)
         return torch.stack(drawn, 1) if drawn else self.state.new_zeros(len(self.time), 0, self.model.features)
 
     def state_dict(self) -> dict[str, Tensor]:
         """A copy of where the series stand."""
-        return {name: getattr(self, name).clone() for name in ("state", "time", "count")}
+        return {name: getattr(self, name).clone() for name in _STATE}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Goes back to where a stream of this model and size stood."""
-        for name in ("state", "time", "count"):
+        if missing := [name for name in _STATE if name not in state]:
+            raise ValueError(f"state: expected {', '.join(_STATE)}, got no {missing[0]}")
+        for name in _STATE:
             if state[name].shape != getattr(self, name).shape:
                 expected, came = list(getattr(self, name).shape), list(state[name].shape)
                 raise ValueError(f"{name}: expected {expected} like this stream's, got {came}")
             if not bool(state[name].isfinite().all()):
                 raise ValueError(f"{name}: expected finite numbers, got NaN or infinity")
-        for name in ("state", "time", "count"):
+        for name in _STATE:
             getattr(self, name).copy_(state[name])
 
     def _arguments(self, series: Series, time: float | Sequence[float] | Tensor) -> tuple[Tensor, Tensor]:
@@ -156,6 +159,14 @@ class GRUODEStream:
             )
         return chosen, now
 
+    def _refuse_again(self, chosen: Tensor, now: Tensor) -> None:
+        again = (now == self.time[chosen]) & (self.count[chosen] > 0)
+        if bool(again.any()):
+            b = int(again.nonzero()[0, 0])
+            raise ValueError(
+                f"time: expected one after the last observation, got {now[b]:g} twice in series {int(chosen[b])}"
+            )
+
     def _ask(self, chosen: Tensor, now: Tensor) -> Filtered:
         nothing = self.state.new_zeros(len(chosen), self.model.features)
         return self._run(chosen, now, nothing, nothing, False)
@@ -167,6 +178,6 @@ class GRUODEStream:
         schedule = self.model.schedule(offsets, self.time[chosen], now, now, jumps, horizon=0.0)
         return self.model.integrate(self.state[chosen], schedule, values, masks.to(values.dtype))
 
-    def _set(self, chosen: Tensor, states: Tensor, now: Tensor) -> None:
+    def _set(self, chosen: Tensor, states: Tensor, now: Tensor, observed: int) -> None:
         self.state[chosen], self.time[chosen] = states, now
-        self.count[chosen] += 1
+        self.count[chosen] += observed

@@ -60,11 +60,12 @@ class Continuous(Bijection):
         rtol, atol: the error allowed in a step, relative and absolute, as torchdiffeq measures it: over the batch, so
             that a sample's result depends on the others by about the tolerance.
         per_sample: step control of every sample by itself; its result then does not depend on the batch. Fused only.
-        adjoint: False: the gradient is exact for the steps as they were taken. Fused it costs about three times the
-            forward pass, and memory of ``checkpoints`` times B D whatever the number of steps; of modules every
-            intermediate result of every evaluation is kept. True: the adjoint equation is solved backwards, at about
-            the same cost; the memory does not depend on the number of steps, and the gradient is off by an error of
-            the size of the tolerances, more where the dynamics contract. It has no second derivatives for modules.
+        adjoint: False: the gradient is exact for the steps as they were taken. Fused, a training step takes two to
+            three times as long as a density, and memory of ``checkpoints`` times B D whatever the number of steps; of
+            modules every intermediate result of every evaluation is kept. True: the adjoint equation is solved
+            backwards, in about the same time or a little more; the memory is that of one state, and the gradient is
+            off by an error of the size of the tolerances, more where the dynamics contract. It has no second
+            derivatives for modules.
         checkpoints: states that the exact gradient of a fused solve keeps; those between are recomputed.
         regularize: integrates :class:`Energies` beside the state: see :attr:`energies`.
         max_steps: more of them raise ``SolverError``.

@@ -96,7 +96,7 @@ class Observations(NamedTuple):
         tables = [v if v.dim() == 2 else v.reshape(0, width) if not v.numel() else v for v in tables]
         for b, (t, v) in enumerate(zip(clocks, tables, strict=True)):
             if v.shape != (len(t), width):
-                raise ValueError(f"values: expected [{len(t)}, {width}] for series {b}, got {list(v.shape)}")
+                raise ValueError(f"values: expected [{len(t)}, {width or 'D'}] for series {b}, got {list(v.shape)}")
         if masks is None:
             known = [(~v.isnan()).to(dtype) for v in tables]
         else:
@@ -110,12 +110,14 @@ class Observations(NamedTuple):
             raise ValueError(f"covariates: expected [{len(clocks)}, C], got {list(context.shape)}")
         rows = [torch.cat(part) if part else torch.zeros(0, width) for part in (tables, known)]
         stamps = torch.cat(clocks) if clocks else torch.zeros(0, dtype=torch.float64)
-        return cls(lengths.cumsum(0), stamps, *rows, context.to(dtype))._checked()
+        return cls(lengths.cumsum(0), stamps, *rows, context.to(dtype)).checked()
 
     @classmethod
     def from_tensor(cls, x: Tensor, features: int) -> Observations:
         """From the tensor [B, L, 1 + 2D + C] with D ``features``; raises as :meth:`from_lists` does, and where rows
         follow the padding or a series has other covariates in another row."""
+        if not isinstance(x, Tensor):
+            raise TypeError(f"x: expected Observations or a tensor, got {type(x).__name__}")
         if x.dim() != 3 or x.shape[2] < 1 + 2 * features or not x.is_floating_point():
             raise ValueError(
                 f"x: expected floating point rows [B, L, {1 + 2 * features} + C] of time, {features} values, as many "
@@ -143,7 +145,7 @@ class Observations(NamedTuple):
                 f"covariates: expected the same finite ones in every row of series {int(series[r])}, got "
                 f"{covariates[r].tolist()} at time {made.times[r]:g} after {first[series[r]].tolist()}"
             )
-        return made._checked()
+        return made.checked()
 
     def to_tensor(self) -> Tensor:
         """[B, L, 1 + 2D + C], L the rows of the longest series, at least one, in the dtype of the values."""
@@ -166,9 +168,18 @@ class Observations(NamedTuple):
         values, masks, covariates = (t.to(*args, **kwargs) for t in self[2:])
         return Observations(self.offsets.to(values.device), self.times.to(values.device), values, masks, covariates)
 
-    def _checked(self) -> Observations:
-        """With zeros for what is missing, if everything is as it should be."""
+    def checked(self) -> Observations:
+        """With zeros for what is missing, if everything is as it should be; raises as :meth:`from_lists` does."""
         times, values, masks = self.times, self.values, self.masks
+        b, n, d = self.batch, self.rows, values.shape[-1]
+        shapes, wanted = [list(t.shape) for t in self], [[b + 1], [n], [n, d], [n, d], [b, self.covariates.shape[-1]]]
+        if b < 0 or shapes != wanted or self.offsets.dtype != torch.int64 or times.dtype != torch.float64:
+            raise ValueError(
+                f"x: expected int64 offsets, float64 times, values, masks and covariates of the shapes {wanted}, got "
+                f"{shapes} with offsets of {self.offsets.dtype} and times of {times.dtype}"
+            )
+        if bool((self.offsets[0] != 0) | (self.offsets[-1] != n) | (self.offsets.diff() < 0).any()):
+            raise ValueError(f"offsets: expected to rise from 0 to {n}, got {self.offsets.tolist()[:8]} ...")
 
         def complain(name: str, wrong: Tensor, expected: str, what: Tensor) -> None:
             r = int(wrong.nonzero()[0, 0])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import sys
 from collections.abc import Iterator
 from functools import partial
 from typing import Literal, NamedTuple
@@ -255,7 +256,8 @@ def gru_ode_filter(
     )
     masks, steps = (masks != 0).to(dtype), (schedule.offsets, schedule.counts, schedule.sizes)
     meaning = {
-        "kind": CELLS.index(cell.kind), "impute": impute, "method": method, "rtol": float(rtol), "atol": float(atol),
+        "kind": CELLS.index(cell.kind), "impute": impute, "method": method, "rtol": float(rtol),
+        "atol": max(float(atol), sys.float_info.min),  # 0 / 0 where a state is at rest
         "max_steps": max_steps,
     }  # fmt: skip
     with without_autocast(h0):

@@ -181,7 +181,7 @@ class _MlpOde(torch.autograd.Function):
                 lambda x, times, *params: replay(problem, path, x, times, probes, *params), (x, times, *params), grads
             )
             return *[None] * 4, *found[:2], None, *found[2:]
-        if ctx.backend == "reference":
+        if ctx.backend not in (_adjoint if ctx.gradient == "adjoint" else _backward):
             found = adjoint(problem, times, probes, params, values, *grads)
         else:
             method = METHODS[problem.method].pack()
@@ -309,7 +309,7 @@ def mlp_ode(
 
 
 def _solve(backend, problem, gradient, checkpoints, x, times, probes, params):
-    if x.shape[0] == 0 or backend == "cuda" and (gradient == "adjoint" or not _fits(problem, x, probes, params)):
+    if x.shape[0] == 0 or (backend == "cuda" and not _fits(problem, x, probes, params)):
         backend = "reference"
     wanted = any_grad(x, times, *params)
     # where nothing is to be integrated the graph has no parameters; they still get a gradient, of zeros

@@ -1,4 +1,4 @@
-"""Launches of csrc/cuda/gru_ode.cu."""
+"""Launches of csrc/cuda/gru_ode.cu and gru_ode_backward.cu."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["KERNELS"]
 
 TILE = 16  # series of a block, at most
 BLOCKS = 128  # there are so many at least, where there are as many series
-TICKS = 16  # of a window, as in csrc/cuda/gru_ode.cu
+TICKS = 16  # of a window, as in csrc/cuda/gru_ode_backward.cu
 SHARED_MEMORY = 64 * 1024  # bytes that every GPU since 2018 gives a block
 
 
@@ -80,9 +80,9 @@ def _backward(
     fields += map(Address, range(16, 23))
     fields += [Address(0, scratch=True), Address(1, scratch=True), Address(2, scratch=True), windows, parameters]
     types = (accumulates(h0),)
-    finish = Instance("gru_ode", "gru_ode_finish", "FilterFinish", types)
+    finish = Instance("gru_ode_backward", "gru_ode_finish", "FilterFinish", types)
     launches = [
-        Launch(Instance("gru_ode", "gru_ode_bwd", "FilterBackward", types), blocks, fields, shared),
+        Launch(Instance("gru_ode_backward", "gru_ode_bwd", "FilterBackward", types), blocks, fields, shared),
         Launch(finish, -(-parameters // THREADS), [Address(2, scratch=True), Address(23), parameters, blocks]),
     ]
     sizes_of = (blocks * windows * states_of_block, blocks * TICKS * states_of_block, blocks * parameters)

@@ -99,7 +99,7 @@ _MLP_COUPLING = {
     "mlp_coupling_bwd": "StackBackward",
     "mlp_coupling_finish": "StackFinish",
 }
-_GRU_ODE = {"gru_ode_fwd": "Filter", "gru_ode_bwd": "FilterBackward", "gru_ode_finish": "FilterFinish"}
+_GRU_ODE_BACKWARD = {"gru_ode_bwd": "FilterBackward", "gru_ode_finish": "FilterFinish"}
 _ODE = {"ode_solve": "OdeForward", "ode_step": "OdeForward"}
 _SYLVESTER = {"sylvester_fwd": "SylvesterForward", "sylvester_bwd": "SylvesterBackward"}
 
@@ -113,7 +113,8 @@ USUAL = [
     *_each("conv1x1_weights", {"lu_weights_fwd": "Factors", "lu_weights_bwd": "Factors"}, _ONE),
     *_steps("gaussian", _GAUSSIAN, _THREE),
     *_steps("gaussian", {"gaussian_kl_fwd": "KlForward", "gaussian_kl_bwd": "KlBackward"}, _TWO),
-    *_each("gru_ode", _GRU_ODE, _ACCUMULATORS),
+    *_each("gru_ode", {"gru_ode_fwd": "Filter"}, _ACCUMULATORS),
+    *_each("gru_ode_backward", _GRU_ODE_BACKWARD, _ACCUMULATORS),
     *_each("planar", {"planar_fwd": "StepsForward", "planar_bwd": "StepsBackward"}, _BOTH_WAYS),
     *_each("planar", {"planar_finish": "StepsFinish"}, _ACCUMULATORS),
     *_each("radial", {"radial_fwd": "StepsForward", "radial_bwd": "StepsBackward"}, _BOTH_WAYS),

@@ -49,14 +49,20 @@ RECIPES = {
     ),
     "patches": Recipe(
         "FFJORD",
-        lambda data: _network(data, hidden=(128, 128), activation="softplus", time=1.0, rtol=1e-4, atol=1e-4),
-        TrainConfig(steps=2000, batch_size=256, lr=2e-3, clip=None, cooldown=0.7, ema=0.99, eval_every=1000),
+        lambda data: _network(
+            data, hidden=(128, 128), activation="softplus", time=1.0, rtol=1e-4, atol=1e-4, batch_norm=True
+        ),
+        TrainConfig(steps=2000, batch_size=256, lr=3e-3, clip=None, cooldown=0.7, ema=0.99, eval_every=1000),
         published=_BSDS,
     ),
     "digits": Recipe(
         "FFJORD",
-        lambda data: _network(data, hidden=(128, 128), activation="softplus", time=1.0, rtol=1e-4, atol=1e-4),
-        TrainConfig(epochs=60, batch_size=64, lr=3e-3, clip=None, cooldown=0.7, ema=0.99),
+        lambda data: _network(
+            data, hidden=(128, 128), activation="softplus", time=1.0, rtol=1e-4, atol=1e-4, batch_norm=True
+        ),
+        TrainConfig(
+            epochs=60, batch_size=64, lr=3e-3, clip=None, cooldown=0.7, ema=0.99, weight_decay=1e-4, patience=10
+        ),
         data={"flat": True},
     ),
 }

@@ -37,6 +37,7 @@ RECIPES = {
 RECIPES["series"] = replace(RECIPES["brusselator"], data=_BRUSSELATOR)
 
 PUBLISHED = {
+    # their script makes an update with the first batch of an epoch only, 200 in all: that is --steps 200
     "brusselator": _published(100 * 44, {"step": 0.05}, epochs=200, batch_size=100),
     "double-ou": _published(500 * 23.4, {"step": 0.05}, epochs=50, batch_size=500),
     # the settings of MIMIC-III, which is not free; their batches are not known
