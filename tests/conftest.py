@@ -1,13 +1,34 @@
+import doctest
 import os
 
 import emulation
 import pytest
 import torch
 
+from fastflow.errors import MissingPackage
 from fastflow.ops import _backend
 from fastflow.ops.cuda import load
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic products on a GPU
+
+
+class SkipsWithoutPackage:
+    """What needs a package of an extra that is not installed is skipped, doctests of fastflow too."""
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_call(self, item):
+        try:
+            return (yield)
+        except Exception as error:
+            first = getattr(error, "failures", [error])[0]  # those of a doctest
+            cause = first.exc_info[1] if isinstance(first, doctest.UnexpectedException) else first
+            if isinstance(cause, MissingPackage):
+                pytest.skip(str(cause))
+            raise
+
+
+def pytest_configure(config):
+    config.pluginmanager.register(SkipsWithoutPackage())  # hooks of a conftest would see tests/ alone
 
 
 @pytest.fixture(autouse=True)
