@@ -79,9 +79,10 @@ def test_parameters_that_do_not_fit(constants):
     both(X, net(3, 9, 5, 3), method="rk4", step_size=0.5, probes=torch.ones(1, 7, 3, dtype=torch.float64))
 
 
-def test_what_does_not_fit_is_served_by_the_reference(constants):
+def test_what_does_not_fit_is_refused(constants):
     constants(SHARED_MEMORY=500)
-    both(X, net(3, 9, 3), method="euler", exact=True)
+    with pytest.raises(fastflow.BackendError, match="cuda: .*shared memory"):
+        ops.mlp_ode(X, (0.0, 1.0), net(3, 9, 3), exact=True, backend="cuda")
 
 
 def test_the_adjoint_is_the_reference_s():

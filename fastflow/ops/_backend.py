@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -69,30 +69,44 @@ def _checked(name: str | None) -> str | None:
     return name
 
 
-def choose(family: Family, tensors: tuple[Tensor | None, ...], backend: str | None = None) -> str:
+def choose(
+    family: Family,
+    tensors: tuple[Tensor | None, ...],
+    backend: str | None = None,
+    limit: Callable[[str], str | None] | None = None,
+) -> str:
     """The backend that serves a call on these tensors, the first of which is not None: the one asked for, or the
-    fastest that can."""
+    fastest that can. ``limit(name)`` is what else a backend cannot do, None if nothing."""
     forced = _checked(backend) or _forced.name
     if forced == "reference":
         return forced
     first = tensors[0]
     for name in (forced,) if forced is not None else ("cpu",) if first.device.type == "cpu" else family.gpu:
-        if _refusal(name, tensors, family) is None:
+        if _refusal(name, tensors, family, limit) is None:
             return name
     if forced is None:
         return "reference"
     raise BackendError(
         f"backend {forced!r} cannot serve this call. "
-        + "; ".join(f"{name}: {reason or 'can serve it'}" for name, reason in reasons(tensors, family).items())
+        + "; ".join(f"{name}: {reason or 'can serve it'}" for name, reason in reasons(tensors, family, limit).items())
     )
 
 
-def reasons(tensors: tuple[Tensor | None, ...] = (), family: Family | None = None) -> dict[str, str | None]:
+def reasons(
+    tensors: tuple[Tensor | None, ...] = (),
+    family: Family | None = None,
+    limit: Callable[[str], str | None] | None = None,
+) -> dict[str, str | None]:
     """For every backend why it cannot serve these tensors, None where it can."""
-    return {name: _refusal(name, tensors, family) for name in NATIVE} | {"reference": None}
+    return {name: _refusal(name, tensors, family, limit) for name in NATIVE} | {"reference": None}
 
 
-def _refusal(name: str, tensors: tuple[Tensor | None, ...], family: Family | None) -> str | None:
+def _refusal(
+    name: str,
+    tensors: tuple[Tensor | None, ...],
+    family: Family | None,
+    limit: Callable[[str], str | None] | None = None,
+) -> str | None:
     backend = NATIVE[name]
     if family is not None and name in TESTED and name not in family.gpu:
         return f"has no kernels for {family.name}"
@@ -100,8 +114,10 @@ def _refusal(name: str, tensors: tuple[Tensor | None, ...], family: Family | Non
         return reason
     if not torch.compiler.is_compiling() and transformed():
         return "inside a torch.func transform or forward-mode differentiation"
-    if (reason := backend.refuses(tensors)) is not None or family is None or torch.compiler.is_compiling():
+    if (reason := backend.refuses(tensors) or (limit and limit(name))) is not None:
         return reason
+    if family is None or torch.compiler.is_compiling():
+        return None
     return doubt(name, family, tensors[0])
 
 

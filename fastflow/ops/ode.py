@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
@@ -294,12 +295,11 @@ def mlp_ode(
     )
     with without_autocast(x):
         params, *kind = network(x, layers, layer, activation)
-        backend = choose(FAMILY, (x, probes, *params), backend)
         problem = Problem(method, *kind, control, max_steps)
-        tensors = [p if p is None or p.dtype == params[0].dtype else p.to(params[0].dtype) for p in (x, probes)]
-        values, traces, energies, counts = _solve(
-            backend, problem, gradient, checkpoints, tensors[0], times, tensors[1], params
-        )
+        start, probes = (p if p is None or p.dtype == params[0].dtype else p.to(params[0].dtype) for p in (x, probes))
+        limit = partial(_too_large, problem=problem, probes=probes, params=params, x=start)
+        backend = choose(FAMILY, (x, probes, *params), backend, limit)
+        values, traces, energies, counts = _solve(backend, problem, gradient, checkpoints, start, times, probes, params)
     trace = {"none": lambda: None, "sum": lambda: traces.sum(1), "only": lambda: traces[:, 0], "all": lambda: traces}
     of_all = counts[:, :3].expand(x.shape[0], 3).unbind(1) if per_sample else counts[0, :3].unbind(0)
     kinetic, jacobian = energies.unbind(1) if regularize else (None, None)
@@ -309,7 +309,7 @@ def mlp_ode(
 
 
 def _solve(backend, problem, gradient, checkpoints, x, times, probes, params):
-    if x.shape[0] == 0 or (backend == "cuda" and not _fits(problem, x, probes, params)):
+    if x.shape[0] == 0:
         backend = "reference"
     wanted = any_grad(x, times, *params)
     # where nothing is to be integrated the graph has no parameters; they still get a gradient, of zeros
@@ -325,12 +325,18 @@ def _solve(backend, problem, gradient, checkpoints, x, times, probes, params):
     return values, traces, energies, path.counts
 
 
-def _fits(problem: Problem, x: Tensor, probes: Tensor | None, params: Sequence[Tensor]) -> bool:
-    """Does what a sample's steps need fit into the shared memory of a GPU's block?"""
+def _too_large(
+    backend: str, problem: Problem, probes: Tensor | None, params: Sequence[Tensor], x: Tensor
+) -> str | None:
+    """Why a backend cannot serve networks of this size, None if it can."""
+    if backend != "cuda":
+        return None
     from fastflow.ops.cuda.ode import fits
 
     stages = METHODS[problem.method].stages
-    return fits(x, probes, params, problem.layer, bool(problem.control.regularize), stages)
+    if fits(x, probes, params, problem.layer, bool(problem.control.regularize), stages):
+        return None
+    return "a sample and what its steps need do not fit into a block's shared memory"
 
 
 def _times(times: Sequence[float] | Tensor) -> Tensor:
