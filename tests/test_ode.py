@@ -407,7 +407,8 @@ def test_checkpoints(per_sample, backend):
     x, layers = problem(gain=1.5)
     options = {"exact": True, "regularize": True, "per_sample": per_sample, "backend": backend, "method": "bosh3"}
     options |= {"rtol": 1e-4, "atol": 1e-4}
-    expected = gradients(x, (0.0, 0.3, 1.0), layers, checkpoints=1000, **options)
+    # room for all of them takes no more memory than the steps there may be
+    expected = gradients(x, (0.0, 0.3, 1.0), layers, checkpoints=10**12, **options)
     for count in (1, 2, 3, 5, 8, 16, 32):
         found = gradients(x, (0.0, 0.3, 1.0), layers, checkpoints=count, **options)
         assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
@@ -455,6 +456,13 @@ def test_stiffness_takes_too_many_steps(backend):
             )  # fmt: skip
     with pytest.raises(fastflow.SolverError, match="more than 9 steps"):
         ops.mlp_ode(x, (0, 1), layers, layer="ignore", method="rk4", step_size=0.1, max_steps=9, backend=backend)
+    # more of them than there is memory, or than there are numbers; in one block of samples and in several
+    for samples, step_size in ((3, 1e-300), (3, 1e-320), (300, 1e-300)):
+        with pytest.raises(fastflow.SolverError, match="more than 9 steps at t = 1, step 1, h = -1e-3"):
+            ops.mlp_ode(
+                torch.ones(samples, 1), (1, 0), layers, layer="ignore", step_size=step_size, max_steps=9,
+                backend=backend,
+            )  # fmt: skip
 
 
 @every_backend
