@@ -232,3 +232,5 @@ def test_bad_arguments():
             call(torch.zeros(3, 1))
     with pytest.raises(ValueError, match=r"x: expected \[B, 2\], got \[4, 3\]"):
         model(torch.zeros(4, 3))
+    with pytest.raises(ValueError, match="trace: a density needs one"):
+        model.log_prob(randn(3, 2).float(), trace=None)

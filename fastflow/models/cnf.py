@@ -82,6 +82,8 @@ class ContinuousFlow(Flow):
         """[B] in nats. ``trace`` and ``probes`` instead of the model's own: ``trace="exact"`` is the density of a model
         that was trained with random probes."""
         no_context(context)
+        if trace is None:
+            raise ValueError("trace: a density needs one, got None")
         z, logdet = self._through(x, trace=trace, probes=probes)
         return self.base.log_prob(z) + logdet.mean(0)
 
