@@ -334,6 +334,13 @@ def test_stiffness_takes_too_many_steps(backend):
             )  # fmt: skip
     with pytest.raises(fastflow.SolverError, match="more than 9 steps"):
         ops.mlp_ode(x, (0, 1), layers, layer="ignore", method="rk4", step_size=0.1, max_steps=9, backend=backend)
+    # more of them than there is memory, or than there are numbers; in one block of samples and in several
+    for samples, step_size in ((3, 1e-300), (3, 1e-320), (300, 1e-300)):
+        with pytest.raises(fastflow.SolverError, match="more than 9 steps at t = 1, step 1, h = -1e-3"):
+            ops.mlp_ode(
+                torch.ones(samples, 1), (1, 0), layers, layer="ignore", step_size=step_size, max_steps=9,
+                backend=backend,
+            )  # fmt: skip
 
 
 @every_backend

@@ -4,6 +4,7 @@ import json
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -92,6 +93,16 @@ def test_train_and_sample_commands(tmp_path, capsys):
         assert picture.read_bytes().startswith(b"\x89PNG")
     assert command("tiny", "--data", "digits", "--out", out, "--resume", "--epochs", 2) == 0
     assert load_checkpoint(out / "checkpoint")[0]["step"] == 44
+
+
+def test_epochs_instead_of_the_steps_of_a_recipe(tmp_path):
+    usual = RECIPES["tiny"]["digits"]
+    RECIPES["tiny"]["digits"] = replace(usual, train=replace(usual.train, steps=3))
+    for n, epochs in enumerate(((), ("--epochs", 1))):
+        assert command("tiny", "--data", "digits", "--out", tmp_path / str(n), *epochs) == 0
+        assert load_checkpoint(tmp_path / str(n) / "checkpoint")[0]["step"] == (3, 22)[n]
+        written = json.loads((tmp_path / str(n) / "result.json").read_text())["command"]
+        assert ("--epochs 1" in written, "--steps" in written) == (bool(epochs), False)
 
 
 def test_mistakes_on_the_command_line(tmp_path):

@@ -243,7 +243,11 @@ struct March {
   }
 
   void fixed() {
-    const std::vector<double> points = grid(times, control.step_size);
+    const double size = control.step_size, length = std::abs(times.back() - times.front());
+    // before there is a grid of them; the division may overflow
+    if (size > 0 && !(length / size < double(max_steps) + 1))
+      throw Failure{Failure::too_many(max_steps), times.front(), direction * size, 1, 0};
+    const std::vector<double> points = grid(times, size);
     const int64_t count = int64_t(points.size()) - 1;
     Controller& c = controllers[0];
     if (count > max_steps) throw Failure{Failure::too_many(max_steps), points[0], points[1] - points[0], 1, 0};

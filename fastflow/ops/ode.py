@@ -164,9 +164,8 @@ class _MlpOde(torch.autograd.Function):
             values, traces, energies, path = reference(problem, x, times, probes, *params)
             steps, counts, states = *path, None
         else:
-            values, traces, energies, steps, counts, states = _run(
-                backend, problem, checkpoints if gradient == "steps" else 0, x, times, probes, params
-            )
+            kept = min(checkpoints, problem.max_steps) if gradient == "steps" else 0
+            values, traces, energies, steps, counts, states = _run(backend, problem, kept, x, times, probes, params)
         ctx.backend, ctx.problem, ctx.gradient = backend, problem, gradient
         ctx.save_for_backward(x, times, probes, steps, counts, states, values, *params)
         ctx.mark_non_differentiable(counts)

@@ -90,15 +90,24 @@ def parts(dim: int, count: int, control: Control) -> Parts:
 # --- steps ------------------------------------------------------------------------------------------
 
 
-def grid(times: Sequence[float], step_size: float) -> list[float]:
-    """The times of fixed steps: as torchdiffeq's, of which the last step is the shorter; without a size the times."""
+def grid(times: Sequence[float], step_size: float, max_steps: int) -> list[float]:
+    """The times of fixed steps: as torchdiffeq's, of which the last step is the shorter; without a size the times.
+    SolverError where the steps are more than ``max_steps``."""
     start, end = times[0], times[-1]
-    if not step_size or start == end:
-        return [t for i, t in enumerate(times) if i == 0 or t != times[i - 1]]
     size = step_size if end > start else -step_size
-    # torchdiffeq's ceil((end - start) / size + 1) points
-    count = -int(-((end - start) / size + 1) // 1)
-    return [start + i * size for i in range(count - 1)] + [end]
+    points = [t for i, t in enumerate(times) if i == 0 or t != times[i - 1]]
+    many = len(points) - 1 > max_steps
+    if step_size and start != end:
+        # told before there is a grid of them; the division may overflow
+        many = not abs(end - start) / step_size < max_steps + 1
+        # torchdiffeq's ceil((end - start) / size + 1) points
+        count = 1 if many else -int(-((end - start) / size + 1) // 1)
+        points = [start + i * size for i in range(count - 1)] + [end]
+        many |= len(points) - 1 > max_steps
+    if many:
+        h = size or points[1] - start
+        raise SolverError(f"{too_many(max_steps)} at t = {start:.6g}, step 1, h = {h:.3g}, first in sample 0")
+    return points
 
 
 def _rows(values: Tensor, y: Tensor) -> Tensor:
@@ -168,6 +177,10 @@ def _failure(what: str, t: Tensor, step: Tensor, h: Tensor, sample: int) -> Solv
 NOT_FINITE = "the state or its derivative is not finite"
 
 
+def too_many(max_steps: int) -> str:
+    return f"more than {max_steps} steps"
+
+
 def _finite(t: Tensor, step: Tensor, h: Tensor, *tensors: Tensor) -> None:
     bad = ~torch.stack([tensor.isfinite().all(1) for tensor in tensors]).all(0)
     if bad.any():
@@ -216,7 +229,7 @@ def solve(
         if (stuck | (active & (attempts > max_steps))).any():
             bad = stuck if stuck.any() else active
             sample = int(bad.nonzero()[0]) if rows > 1 else int(torch.where(errors.isnan(), torch.inf, errors).argmax())
-            what = f"more than {max_steps} steps" if not stuck.any() else "the step underflows"
+            what = too_many(max_steps) if not stuck.any() else "the step underflows"
             r = sample if rows > 1 else 0
             raise _failure(what if ratio[r].isfinite() else NOT_FINITE, t, attempts, h, sample)
         ks, at = _stages(f, method, t, step, y, k)
@@ -244,11 +257,9 @@ def solve(
 
 def _fixed(f, y, times, method, control, max_steps, outputs, counts, visit):
     """Steps over a grid; the same for all samples."""
-    points = grid(times, control.step_size)
+    points = grid(times, control.step_size, max_steps)
     t = torch.tensor(points, dtype=torch.float64, device=y.device)
     steps = torch.stack([t[:-1], t[1:] - t[:-1]], 1)[:, None].expand(-1, counts.shape[0], -1)
-    if len(steps) > max_steps:
-        raise _failure(f"more than {max_steps} steps", t[:1], counts[:1, 0] + 1, steps[0, :1, 1], 0)
     fsal = int(method.fsal)
     counts[:, 0], counts[:, 1] = fsal + len(steps) * (method.stages - fsal), len(steps)
     path = Path(steps.contiguous(), counts)

@@ -193,14 +193,14 @@ def _prepare(
         if name != recipe.model:
             raise UserError(f"--resume: {args.out} holds a {name}, not a {recipe.model}")
         base = TrainConfig(**meta["config"])
-        if "epochs" in given:
-            base = replace(base, steps=None)
         for key, value in changes.items():
             if arguments.get(key) != value:
                 raise UserError(f"--set {key}: {value!r}, but the run to resume has {arguments.get(key)!r}")
     else:
         name, arguments = recipe.model, model_config(recipe, data, changes)
         base = recipe.train
+    if "epochs" in given:
+        base = replace(base, steps=None)
     config = replace(base, **given)
     torch.manual_seed(config.seed)
     try:
@@ -280,7 +280,11 @@ def _command(args: argparse.Namespace, recipe: Recipe, data: Dataset, model: nn.
             words += ["--set", f"{name}={value if isinstance(value, str) else json.dumps(value)}"]
     for name in _SETTINGS:
         value = getattr(config, name)
-        if value == getattr(recipe.train, name) or (name == "epochs" and config.steps):
+        if name == "epochs":
+            usual = config.steps or not recipe.train.steps and value == recipe.train.epochs
+        else:
+            usual = value is None or value == getattr(recipe.train, name)
+        if usual:
             continue
         words.append(f"--{name.replace('_', '-')}")
         if not isinstance(value, bool):

@@ -123,9 +123,7 @@ def mlp_ode_fwd(
     rtol, atol, step_size, per_sample, exact, _ = control
     net, stages, grid, device = network(x, params, layer, activation), int(method[0]), None, x.device
     if step_size or not method[3]:
-        points = plain.grid(times.tolist(), step_size)
-        if len(points) - 1 > max_steps:
-            raise _failure(TOO_MANY, points[0], 1, points[1] - points[0], 0, max_steps)
+        points = plain.grid(times.tolist(), step_size, max_steps)
         grid = torch.tensor(points, dtype=torch.float64, device=device)
     doubles = functools.partial(torch.empty, dtype=torch.float64, device=device)
     status = doubles((x.shape[0], 5))
