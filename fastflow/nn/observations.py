@@ -189,12 +189,13 @@ class Observations(NamedTuple):
         missing = masks == MISSING
         values = torch.where(missing, 0, values)
         strange = ~(missing | (masks == OBSERVED) | (masks == TARGET))
-        not_finite = ~values.isfinite()
-        gaps = times.diff(prepend=times.new_zeros(1))
-        gaps = torch.where(self.positions == 0, torch.inf, gaps)
-        early = ~(times >= 0) | (times == torch.inf)
-        # one look at all of it: each look at a device's memory stops the device
-        if bool(strange.any() | not_finite.any() | early.any() | ~(gaps > 0).all() | ~self.covariates.isfinite().all()):
+        gaps = torch.full((n + 1,), torch.inf, dtype=times.dtype, device=times.device)
+        torch.sub(times[1:], times[:-1], out=gaps[1:n])
+        gaps = gaps.index_fill_(0, self.offsets, torch.inf)[:n]  # a first row has none
+        # x - x is 0 or NaN; one look at all of it: each look at a device's memory stops the device
+        unbounded = (values - values).any() | (times - times).any() | (self.covariates - self.covariates).any()
+        if bool(strange.any() | unbounded | (times < 0).any() | ~(gaps > 0).all()):
+            early, not_finite = ~(times >= 0) | (times == torch.inf), ~values.isfinite()
             if bool(early.any()):
                 r = int(early.nonzero()[0, 0])
                 raise ValueError(
