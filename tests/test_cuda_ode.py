@@ -82,7 +82,7 @@ def test_parameters_that_do_not_fit(constants):
 def test_what_does_not_fit_is_refused(constants):
     constants(SHARED_MEMORY=500)
     with pytest.raises(fastflow.BackendError, match="cuda: .*shared memory"):
-        ops.mlp_ode(X, (0.0, 1.0), net(3, 9, 3), exact=True, backend="cuda")
+        ops.mlp_ode(X, (0.0, 1.0), net(3, 9, 3), layer="concat_squash", exact=True, backend="cuda")
 
 
 def test_the_adjoint_is_the_reference_s():

@@ -27,8 +27,8 @@ constexpr int64_t kBlockRows = 128;  // value and tangent rows that go through a
 constexpr int64_t kChunks = 32;      // partial sums of the weights' gradients, whatever the threads
 constexpr int64_t kColumns = 64;     // columns of a row between two looks at its tangents
 constexpr int64_t kNarrow = 128;     // the widest layer of a narrow net, FUSED_WIDTH in fastflow/ops/trace_mlp.py
-constexpr int64_t kStripRows = 48;   // rows of a task of a wide product, and the depth of its runs: they stay
-constexpr int64_t kDepth = 256;      // in L1 and L2
+constexpr int64_t kStripRows = 48;   // rows of a task of a wide product
+constexpr int64_t kDepth = 256;      // of a run of the product that makes a wide weight's gradient: it stays in L2
 
 // Blocks that one thread goes through one after the other, whatever the threads: they share a partial sum.
 struct Groups {

@@ -161,7 +161,7 @@ class Steps {
         counts[i][0] += s - 1, ++counts[i][good ? 1 : 2];
         if (good) accepted(i, yj, size[j], done ? (gap[i] - t[j]) / step[j] : 1.0);
         if (done) {
-          dense(done ? (gap[i] - t[j]) / step[j] : 1.0, weights);
+          dense((gap[i] - t[j]) / step[j], weights);
           combine<false>(1, row, yj, &size[j], weights.data(), s, slopes.data() + j * row, capacity * row, h + i * row);
           continue;
         }

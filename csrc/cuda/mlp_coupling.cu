@@ -488,19 +488,4 @@ FF_D void mlp_coupling_bwd(const StackBackward& a) {
   }
 }
 
-// The shares of the blocks, in their order.
-struct StackFinish {
-  char *partial, *out;
-  int64_t parameters, blocks;
-};
-
-template <class T>
-FF_D void mlp_coupling_finish(const StackFinish& a) {
-  const int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x;
-  if (i >= a.parameters) return;
-  double sum = 0;
-  for (int64_t k = 0; k < a.blocks; ++k) sum += double(reinterpret_cast<const T*>(a.partial)[k * a.parameters + i]);
-  reinterpret_cast<T*>(a.out)[i] = T(sum);
-}
-
 }  // namespace fastflow

@@ -246,9 +246,9 @@ def mlp_ode(
             norm sees x and its adjoint: right to about those, at about six times the forward. Both for x, the
             parameters and the times; of these as the exact solution depends on them. Second derivatives are those of
             the steps, in plain PyTorch, with all of them in memory.
-        checkpoints: how many states are kept for ``steps``; those between are computed again, values alone. So memory
-            does not grow with the number of steps in either way.
-        max_steps: of attempts, accepted or not.
+        checkpoints: how many states are kept for ``steps``; those between are computed again, values alone, a block of
+            samples at a time. So memory does not grow with the number of steps in either way.
+        max_steps: of attempts, accepted or not. A solve is one call: Ctrl-C is heard when it has returned.
         backend: a backend by name; None chooses.
 
     Raises:
@@ -269,8 +269,8 @@ def mlp_ode(
     (True, True)
     """
     _check.floating("x", x)
-    if x.dim() != 2:
-        raise ValueError(f"x: expected [B, D], got {list(x.shape)}")
+    if x.dim() != 2 or x.shape[1] == 0:
+        raise ValueError(f"x: expected [B, D] with variables, got {list(x.shape)}")
     if _readable(x) and not (good := x.isfinite().all(1)).all():
         raise ValueError(f"x: expected finite values, got {x[~good][0].tolist()} in sample {int((~good).nonzero()[0])}")
     times = _times(times)

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from fastflow.errors import SolverError
 from fastflow.ops.cuda.plan import NULL, Address, Launch, Plan, accumulates, planned
+from fastflow.ops.cuda.shares import add_shares
 from fastflow.ops.cuda.source import Instance
-from fastflow.ops.cuda.walk import THREADS
 from fastflow.ops.gru_ode_reference import sequence, where
 
 __all__ = ["KERNELS"]
@@ -79,11 +79,10 @@ def _backward(
     states_of_block, parameters = h0.shape[1] * tile, matrices.numel()
     fields += map(Address, range(16, 23))
     fields += [Address(0, scratch=True), Address(1, scratch=True), Address(2, scratch=True), windows, parameters]
-    types = (accumulates(h0),)
-    finish = Instance("gru_ode_backward", "gru_ode_finish", "FilterFinish", types)
+    kind = accumulates(h0)
     launches = [
-        Launch(Instance("gru_ode_backward", "gru_ode_bwd", "FilterBackward", types), blocks, fields, shared),
-        Launch(finish, -(-parameters // THREADS), [Address(2, scratch=True), Address(23), parameters, blocks]),
+        Launch(Instance("gru_ode_backward", "gru_ode_bwd", "FilterBackward", (kind,)), blocks, fields, shared),
+        add_shares(kind, Address(2, scratch=True), Address(23), parameters, blocks),
     ]
     sizes_of = (blocks * windows * states_of_block, blocks * TICKS * states_of_block, blocks * parameters)
     return Plan(launches, [(max(1, size), h0.dtype) for size in sizes_of])

@@ -97,9 +97,7 @@ def _sweeps() -> list[Instance]:
 _MLP_COUPLING = {
     "mlp_coupling_fwd": "StackForward",
     "mlp_coupling_bwd": "StackBackward",
-    "mlp_coupling_finish": "StackFinish",
 }
-_GRU_ODE_BACKWARD = {"gru_ode_bwd": "FilterBackward", "gru_ode_finish": "FilterFinish"}
 _ODE = {"ode_solve": "OdeForward", "ode_step": "OdeForward"}
 _SYLVESTER = {"sylvester_fwd": "SylvesterForward", "sylvester_bwd": "SylvesterBackward"}
 
@@ -114,7 +112,7 @@ USUAL = [
     *_steps("gaussian", _GAUSSIAN, _THREE),
     *_steps("gaussian", {"gaussian_kl_fwd": "KlForward", "gaussian_kl_bwd": "KlBackward"}, _TWO),
     *_each("gru_ode", {"gru_ode_fwd": "Filter"}, _ACCUMULATORS),
-    *_each("gru_ode_backward", _GRU_ODE_BACKWARD, _ACCUMULATORS),
+    *_each("gru_ode_backward", {"gru_ode_bwd": "FilterBackward"}, _ACCUMULATORS),
     *_each("planar", {"planar_fwd": "StepsForward", "planar_bwd": "StepsBackward"}, _BOTH_WAYS),
     *_each("planar", {"planar_finish": "StepsFinish"}, _ACCUMULATORS),
     *_each("radial", {"radial_fwd": "StepsForward", "radial_bwd": "StepsBackward"}, _BOTH_WAYS),
@@ -128,5 +126,6 @@ USUAL = [
     *_each("ode", _ODE, _ACCUMULATORS),
     *_each("ode_backward", {"ode_bwd": "OdeBackward"}, _ACCUMULATORS),
     *_sweeps(),
+    *_each("shares", {"add_shares": "Shares"}, _ACCUMULATORS),
     *_each("sums", {"finish_sums": "Finish"}, _ACCUMULATORS),
 ]

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from fastflow.ops.cuda.plan import NULL, Address, Field, Launch, Plan, accumulates, planned
+from fastflow.ops.cuda.shares import add_shares
 from fastflow.ops.cuda.source import Instance
-from fastflow.ops.cuda.walk import THREADS
 
 __all__ = ["KERNELS"]
 
@@ -100,14 +100,10 @@ def _backward(
     fields = [*_stack(y, context, kept, tile, inverse), *rows]
     fields += [*_matrix(5, y), *_matrix(6, gy), *_matrix(8, gx), *_matrix(9, gcontext)]
     fields += [Address(7), glogdet.stride(0), share, parameters, blocks, tiles]
-    types = (accumulates(y),)
+    kind = accumulates(y)
     launches = [
-        Launch(Instance("mlp_coupling", "mlp_coupling_bwd", "StackBackward", types), blocks, fields, shared),
-        Launch(
-            Instance("mlp_coupling", "mlp_coupling_finish", "StackFinish", types),
-            -(-parameters // THREADS),
-            [share, Address(10), parameters, blocks],
-        ),
+        Launch(Instance("mlp_coupling", "mlp_coupling_bwd", "StackBackward", (kind,)), blocks, fields, shared),
+        add_shares(kind, share, Address(10), parameters, blocks),
     ]
     return Plan(launches, [(blocks * parameters, y.dtype)])
 

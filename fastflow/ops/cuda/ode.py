@@ -11,8 +11,8 @@ from torch import Tensor
 from fastflow.ops import ode_reference as plain
 from fastflow.ops.cuda.dynamics import MOST_LAYERS, Network, Places, network, pack, unpack
 from fastflow.ops.cuda.plan import NULL, Address, Launch, Plan, Value, accumulates, planned
+from fastflow.ops.cuda.shares import add_shares
 from fastflow.ops.cuda.source import Instance
-from fastflow.ops.cuda.walk import THREADS
 from fastflow.ops.trace_mlp import _PARAMETERS, LAYERS
 
 __all__ = ["KERNELS", "fits"]
@@ -173,11 +173,9 @@ def _backward(
     fields = _ode(net, probes, steps, states, times, x, tile, copied, genergies.shape[1], exact)
     fields += [*places.starts, Address(8), Address(9), Address(10), Address(11), *gx.stride(), share]
     fields += [Address(1, 0, scratch=True), length, blocks, tiles]
-    types = (accumulates(x),)
-    finish = Instance("mlp_coupling", "mlp_coupling_finish", "StackFinish", ("double",))
     launches = [
-        Launch(Instance("ode_backward", "ode_bwd", "OdeBackward", types), blocks, fields, places.bytes),
-        Launch(finish, -(-parameters // THREADS), [share, Address(12), parameters, blocks]),
+        Launch(Instance("ode_backward", "ode_bwd", "OdeBackward", (accumulates(x),)), blocks, fields, places.bytes),
+        add_shares("double", share, Address(12), parameters, blocks),
     ]
     return Plan(launches, [(blocks * parameters, torch.float64), (blocks * length * x.shape[1] * tile, x.dtype)])
 
