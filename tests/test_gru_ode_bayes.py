@@ -403,7 +403,8 @@ stream.load_state_dict(saved["stream"])
 stream.observe(1, 1.1, [2.0, float("nan")])
 torch.save([*stream.predict(1.5), *stream.state_dict().values()], sys.argv[1])
 """
-    subprocess.run([sys.executable, "-c", code, tmp_path / "f.pt"], check=True)
+    # elsewhere: python -c would import the checkout, which has no kernels
+    subprocess.run([sys.executable, "-c", code, tmp_path / "f.pt"], check=True, cwd=tmp_path)
     stream.observe(1, 1.1, [2.0, float("nan")])
     expected = [*stream.predict(1.5), *stream.state_dict().values()]
     assert all(torch.equal(a, b) for a, b in zip(torch.load(tmp_path / "f.pt"), expected, strict=True))
