@@ -38,16 +38,6 @@ struct SweepStep {
   Map map;
 };
 
-struct Matrix {
-  char* data;
-  int64_t row, column;
-
-  template <class T>
-  FF_HD T& at(int64_t i, int64_t j) const {
-    return reinterpret_cast<T*>(data)[i * row + j * column];
-  }
-};
-
 template <class F>
 FF_HD void with_unit(int64_t kind, const F& f) {
   with_number<int(Unit::linear), int(Unit::relu), int(Unit::tanh), int(Unit::softplus), int(Unit::elu),

@@ -22,6 +22,17 @@ namespace fastflow {
 constexpr int kThreads = 256;  // of a block, unless a kernel says otherwise
 constexpr unsigned kWarp = 0xffffffffu;
 
+// a tensor of two dimensions in any strides
+struct Matrix {
+  char* data;
+  int64_t row, column;
+
+  template <class T>
+  FF_HD T& at(int64_t i, int64_t j) const {
+    return reinterpret_cast<T*>(data)[i * row + j * column];
+  }
+};
+
 // --- types ------------------------------------------------------------------------------------------
 
 template <class S>

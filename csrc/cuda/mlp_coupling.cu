@@ -9,16 +9,6 @@
 
 namespace fastflow {
 
-struct Matrix {
-  char* data;
-  int64_t row, column;
-
-  template <class T>
-  FF_HD T& at(int64_t i, int64_t j) const {
-    return reinterpret_cast<T*>(data)[i * row + j * column];
-  }
-};
-
 struct StackArguments {
   char *params, *code, *constants;  // of T, int64, double
   int64_t samples, tile, inverse;   // samples of a tile: 32 or a power of two below it

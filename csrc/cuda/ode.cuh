@@ -6,16 +6,6 @@
 
 namespace fastflow {
 
-struct Matrix {
-  char* data;
-  int64_t row, column;
-
-  template <class T>
-  FF_HD T& at(int64_t i, int64_t j) const {
-    return reinterpret_cast<T*>(data)[i * row + j * column];
-  }
-};
-
 struct Cube {
   char* data;
   int64_t plane, row, column;

@@ -1,5 +1,5 @@
-// Gradients of parameters that all samples share: every block of a backward kernel has its own sums, and a second launch
-// adds up these shares in the order of the blocks. The arguments are packed by fastflow/ops/cuda/shares.py.
+// Gradients of parameters that all samples share: every block of a backward kernel has its own sums, and a second
+// launch adds up these shares in the order of the blocks. The arguments are packed by fastflow/ops/cuda/shares.py.
 #include "launch.cuh"
 
 namespace fastflow {

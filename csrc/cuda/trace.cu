@@ -20,16 +20,6 @@ struct Probes {
   }
 };
 
-struct Matrix {
-  char* data;
-  int64_t row, column;
-
-  template <class T>
-  FF_HD T& at(int64_t i, int64_t j) const {
-    return reinterpret_cast<T*>(data)[i * row + j * column];
-  }
-};
-
 // rows[b] = value[b], then factor[:, b] e[:, b]; without a factor the probes themselves
 struct Rows {
   Matrix value, factor;

@@ -261,7 +261,6 @@ def widened(dtype: torch.dtype, *tensors: Tensor | None) -> tuple[Tensor | None,
     return tuple(t if t is None or t.dtype == dtype else t.to(dtype) for t in tensors)
 
 
-
 def activation_index(activation: str) -> int:
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation: expected one of {', '.join(ACTIVATIONS)}, got {activation!r}")

@@ -214,4 +214,3 @@ def _fitting(name: str, tensor: Tensor, x: Tensor) -> Tensor:
     """In the dtype that is computed in, and contiguous; or an error that says what is wrong."""
     _check.beside(name, tensor, x, tuple(tensor.shape))
     return tensor.to(accumulator(x.dtype)).contiguous()
-

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastflow.ops.autoregressive import MOST_LAYERS
-from fastflow.ops.cuda.plan import NULL, Address, Field, Launch, Plan, accumulates, planned
+from fastflow.ops.cuda.plan import NULL, Address, Field, Launch, Plan, accumulates, matrix, planned
 from fastflow.ops.cuda.source import Instance
 from fastflow.ops.masked import rows, weight_grad_by_library
 from fastflow.ops.scale_map import kernel_map
@@ -75,15 +75,11 @@ def _step(form: int, swapped: bool, kind: int, reciprocal: bool, constants: tupl
     return [form, int(swapped and form != 3), kind, 1.0 if reciprocal else -1.0, *numbers]
 
 
-def _matrix(number: int, tensor: Tensor | None) -> list[Field]:
-    return [NULL, 0, 0] if tensor is None else [Address(number), *tensor.stride()]
-
-
 @planned
 def _forward(z, x, logdet, counts, direct, saved, params, activation, residual, step, layers, *rest) -> Plan:
     weights, starts = list(rest[:layers]), list(rest[layers:])
     net, scratch = _net(x, counts, direct, saved, weights, starts, activation, residual, (3, 4, 5, 11))
-    fields = [*net, *_step(*step), *_matrix(0, z), *_matrix(1, x), *_matrix(6, params), Address(2)]
+    fields = [*net, *_step(*step), *matrix(0, z), *matrix(1, x), *matrix(6, params), Address(2)]
     return _plan("autoregressive_fwd", "SweepForward", x, fields, scratch)
 
 
@@ -92,7 +88,7 @@ def _backward(
     x, z, params, gx, gz, gparams, ga, glogdet, counts, direct, saved, activation, residual, step, *weights
 ) -> Plan:  # fmt: skip
     net, scratch = _net(x, counts, direct, saved, list(weights), [], activation, residual, (8, 9, 10, 14))
-    matrices = [f for i, t in enumerate((x, z, params, gx, gz, gparams, ga)) for f in _matrix(i, t)]
+    matrices = [f for i, t in enumerate((x, z, params, gx, gz, gparams, ga)) for f in matrix(i, t)]
     fields = [*net, *_step(*step), *matrices, Address(7), glogdet.stride(0)]
     return _plan("autoregressive_bwd", "SweepBackward", x, fields, scratch)
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastflow.ops.cuda.plan import NULL, Address, Field, Launch, Plan, accumulates, planned
+from fastflow.ops.cuda.plan import NULL, Address, Field, Launch, Plan, accumulates, matrix, planned
 from fastflow.ops.cuda.shares import add_shares
 from fastflow.ops.cuda.source import Instance
 
@@ -67,15 +67,10 @@ def _tile(rows: int, x: Tensor) -> tuple[int, int]:
     return tile, rows * (tile + 1) * x.element_size()
 
 
-def _matrix(number: int, tensor: Tensor | None) -> list[Field]:
-    """struct Matrix"""
-    return [NULL, 0, 0] if tensor is None else [Address(number), *tensor.stride()]
-
-
 # arguments 0, 1, 2 are the parameters, the code and the constants on the device; 3 the context; 4 the kept inputs
 def _stack(x: Tensor, context: Tensor | None, kept: Tensor | None, tile: int, inverse: bool) -> list[Field]:
     """struct StackArguments"""
-    fields = [Address(0), Address(1), Address(2), x.shape[0], tile, int(inverse), *_matrix(3, context)]
+    fields = [Address(0), Address(1), Address(2), x.shape[0], tile, int(inverse), *matrix(3, context)]
     return [*fields, NULL if kept is None else Address(4)]
 
 
@@ -83,7 +78,7 @@ def _stack(x: Tensor, context: Tensor | None, kept: Tensor | None, tile: int, in
 def _forward(params, code_, constants_, context, kept, x, y, logdet, code: Sequence[int], inverse: bool) -> Plan:
     rows, count = _rows(code, False)
     tile, shared = _tile(count, x)
-    fields = [*_stack(x, context, kept, tile, inverse), *rows, *_matrix(5, x), *_matrix(6, y), Address(7)]
+    fields = [*_stack(x, context, kept, tile, inverse), *rows, *matrix(5, x), *matrix(6, y), Address(7)]
     instance = Instance("mlp_coupling", "mlp_coupling_fwd", "StackForward", (accumulates(x),))
     return Plan([Launch(instance, -(-x.shape[0] // tile), fields, shared)])
 
@@ -98,7 +93,7 @@ def _backward(
     blocks = min(tiles, BLOCKS, max(16, SHARES // max(1, parameters * params.element_size())))
     share = Address(0, 0, scratch=True)
     fields = [*_stack(y, context, kept, tile, inverse), *rows]
-    fields += [*_matrix(5, y), *_matrix(6, gy), *_matrix(8, gx), *_matrix(9, gcontext)]
+    fields += [*matrix(5, y), *matrix(6, gy), *matrix(8, gx), *matrix(9, gcontext)]
     fields += [Address(7), glogdet.stride(0), share, parameters, blocks, tiles]
     kind = accumulates(y)
     launches = [

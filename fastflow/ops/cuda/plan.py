@@ -18,7 +18,7 @@ from fastflow.ops._op import accumulator
 from fastflow.ops.cuda.load import driver
 from fastflow.ops.cuda.source import C_TYPES, Instance
 
-__all__ = ["NULL", "Address", "Field", "Launch", "Plan", "Value", "accumulates", "planned"]
+__all__ = ["NULL", "Address", "Field", "Launch", "Plan", "Value", "accumulates", "matrix", "planned"]
 
 
 class Address(NamedTuple):
@@ -37,6 +37,11 @@ class Value(NamedTuple):
 
 NULL = 0
 Field = int | float | Address | Value
+
+
+def matrix(number: int, tensor: Tensor | None) -> list[Field]:
+    """``struct Matrix`` of csrc/cuda/launch.cuh: the argument ``number``, a tensor of two dimensions, or nothing."""
+    return [NULL, 0, 0] if tensor is None else [Address(number), *tensor.stride()]
 
 
 class Launch:

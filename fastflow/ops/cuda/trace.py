@@ -7,7 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from fastflow.ops.cuda.plan import NULL, Address, Field, Launch, Plan, Value, accumulates, planned
+from fastflow.ops.cuda.plan import NULL, Address, Field, Launch, Plan, Value, accumulates, matrix, planned
 from fastflow.ops.cuda.source import Instance
 from fastflow.ops.cuda.walk import THREADS
 
@@ -21,11 +21,6 @@ def _probes(number: int, probes: Tensor | None, samples: int, width: int) -> lis
     return [Address(number), *probes.stride(), 0, samples, width]
 
 
-def _matrix(number: int, tensor: Tensor) -> list[Field]:
-    """struct Matrix"""
-    return [Address(number), *tensor.stride()]
-
-
 def _rows(value: Tensor, rows: Tensor, fields: list[Field]) -> Plan:
     instance = Instance("trace", "trace_rows", "Rows", (accumulates(value),))
     return Plan([Launch(instance, -(-rows.numel() // THREADS), fields)])
@@ -34,21 +29,21 @@ def _rows(value: Tensor, rows: Tensor, fields: list[Field]) -> Plan:
 @partial(planned, values=(2,))
 def trace_rows(x, probes, seed: int, rows) -> Plan:
     samples, count, width = rows.shape
-    fields = [*_matrix(0, x), NULL, 0, 0, *_probes(1, probes, samples, width), Address(3), count]
+    fields = [*matrix(0, x), NULL, 0, 0, *_probes(1, probes, samples, width), Address(3), count]
     return _rows(x, rows, fields)
 
 
 @partial(planned, values=(3,))
 def trace_rows_bwd(gvalue, gtrace, probes, seed: int, g) -> Plan:
     samples, count, width = g.shape
-    fields = [*_matrix(0, gvalue), *_matrix(1, gtrace), *_probes(2, probes, samples, width), Address(4), count]
+    fields = [*matrix(0, gvalue), *matrix(1, gtrace), *_probes(2, probes, samples, width), Address(4), count]
     return _rows(gvalue, g, fields)
 
 
 @partial(planned, values=(3,))
 def trace_contract(last, bias, probes, seed: int, value, trace) -> Plan:
     samples, count, width = last.shape
-    fields = [*_matrix(4, value), *_matrix(5, trace), *_probes(2, probes, samples, width)]
+    fields = [*matrix(4, value), *matrix(5, trace), *_probes(2, probes, samples, width)]
     fields += [Address(0), Address(1), count, bias.stride(0)]
     instance = Instance("trace", "trace_contract", "Contract", (accumulates(last),))
     return Plan([Launch(instance, -(-samples * count // (THREADS // 32)), fields)])
