@@ -4,29 +4,9 @@
 // of the launch before, in the same order, so that all decide alike. Nothing waits for the host.
 // The arguments are packed by fastflow/ops/cuda/ode.py.
 #include "ode.cuh"
+#include "ode_control.cuh"
 
 namespace fastflow {
-
-enum Phase : int64_t { kBegin, kSlope, kGuess, kStep, kDone, kNotFinite, kUnderflow, kTooMany };
-
-constexpr int kNorms = 8;  // sums of squares: value, trace and two energies, of one or two quantities
-
-// Who decides on steps, and how far it is.
-struct Control {
-  double t, h;   // where the state is, and the step to try
-  double slope;  // norm of the first slope
-  int64_t phase, evaluations, accepted, rejected;
-  int64_t next;     // of the times to reach
-  int64_t spacing;  // steps between the states that are kept
-};
-
-// What becomes of the step that was tried.
-struct Verdict {
-  double t, h;
-  int64_t accepted;
-  int64_t first, last;    // the times [first, last) are reached
-  int64_t slot, thinned;  // of the kept states: where this one goes, or -1; was every other one dropped before?
-};
 
 struct ForwardPlaces {  // in shared memory, bytes
   int64_t params, times, input, first, second, y, ends, slopes, squares, table, errors, sums, controls, verdicts, phase;
@@ -85,7 +65,11 @@ struct Solve {
   FF_D int64_t global(int s) const { return smaller(begin + s, a.ode.samples - 1); }
   FF_D bool valid(int s) const { return begin + s < a.ode.samples; }
   FF_D T& slope(int stage, int row, int s) const { return slopes[(stage * rows + row) * samples + s]; }
-  FF_D double grid(int64_t i) const { return reinterpret_cast<const double*>(a.grid)[i]; }
+  FF_D Rules rules() const {
+    const auto doubles = [](char* data) { return reinterpret_cast<const double*>(data); };
+    return {method,      doubles(a.ode.times), doubles(a.grid), a.ode.count, a.ode.checkpoints,
+            a.max_steps, a.ode.controls,       features,        sign,        epsilon<T>()};
+  }
   // h sum_i weights[i] slope(i)
   FF_D T combine(int stages, T h, const T* weights, int row, int s) const {
     T sum = T(0);
@@ -129,8 +113,6 @@ FF_D void evaluate(const Solve<T>& o, int stage, const T* weights, double node) 
     });
 }
 
-FF_D double over(double error, double scale) { return error == 0 ? 0 : error / scale; }
-
 // From `which` on of the sums of a sample: squares of quantity(row, s) over the tolerance for y and other(row, s)
 template <class T, class Q, class O>
 FF_D void norms(const Solve<T>& o, int which, const Q& quantity, const O& other) {
@@ -156,89 +138,6 @@ FF_D void norms(const Solve<T>& o, int which, const Q& quantity, const O& other)
     for (int e = 0; e < int(o.a.ode.energies); ++e)
       sums[2 + e] = o.errors[(o.features + o.tangents + e) * o.samples + s];
   });
-}
-
-// The larger, and what is not a number
-FF_D double larger(double a, double b) { return a != a || a >= b ? a : b; }
-
-// The largest of the roots of the means over n samples
-FF_D double norm(const double* sums, int64_t n, int features) {
-  double found = sums[0] / double(n * features);
-  for (int k = 1; k < kNorms / 2; ++k) found = larger(found, sums[k] / double(n));
-  return ::sqrt(found);
-}
-
-// --- control ------------------------------------------------------------------------------------------------
-
-// Is the state kept from which step `accepted` goes on?
-FF_D void keep_state(const Ode& o, Control& c, Verdict& v) {
-  if (o.checkpoints == 0) return;
-  if (full(c.accepted, c.spacing, o.checkpoints)) c.spacing *= 2, v.thinned = 1;
-  v.slot = slot(c.accepted, c.spacing);
-}
-
-// The times up to t
-FF_D void reach(const Ode& o, double t, double sign, Control& c, Verdict& v) {
-  v.first = c.next;
-  while (c.next <= o.count && sign * o.time(c.next) <= sign * t) ++c.next;
-  v.last = c.next;
-  if (c.next > o.count) c.phase = kDone;
-}
-
-// What a turn found, sums over n samples, and what follows of it. Writes the step where there is place for it.
-template <class T>
-FF_D void decide(const Solve<T>& o, Control& c, Verdict& v, const double* sums, int64_t n, double* steps) {
-  const OdeForward& a = o.a;
-  v.accepted = 0, v.first = v.last = 1, v.slot = -1, v.thinned = 0;
-  if (c.phase == kBegin) {
-    c.t = a.ode.time(0), c.h = 0, c.next = 1, c.spacing = 1;
-    c.evaluations = c.accepted = c.rejected = 0;
-    reach(a.ode, c.t, o.sign, c, v);
-    if (c.phase == kDone) return;
-    keep_state(a.ode, c, v);
-    c.phase = a.adaptive || o.method.fsal ? kSlope : kStep;
-    if (!a.adaptive) c.h = o.grid(1) - o.grid(0);
-  } else if (c.phase == kSlope) {
-    c.evaluations += 1;
-    c.phase = kStep;
-    if (!a.adaptive) return;
-    const double state = norm(sums, n, o.features);
-    c.slope = norm(sums + kNorms / 2, n, o.features);
-    c.h = state == state ? o.sign * trial_step(state, c.slope) : 0;
-    c.phase = state == state ? kGuess : kNotFinite;
-  } else if (c.phase == kGuess) {
-    c.evaluations += 1;
-    const double trial = o.sign * c.h;
-    c.h = o.sign * first_step(trial, c.slope, norm(sums, n, o.features) / trial, o.method.order);
-    c.phase = c.t + c.h == c.t ? kUnderflow : kStep;
-  } else if (c.phase == kStep) {
-    c.evaluations += o.method.stages - (o.method.fsal ? 1 : 0);
-    const double error = norm(sums, n, o.features);  // of fixed steps: 0, or not a number
-    if (error <= 1) {
-      if (steps) steps[2 * a.ode.controls * c.accepted] = c.t, steps[2 * a.ode.controls * c.accepted + 1] = c.h;
-      v.t = c.t, v.h = c.h, v.accepted = 1;
-      ++c.accepted;
-      c.t = a.adaptive ? c.t + c.h : o.grid(c.accepted);
-      reach(a.ode, c.t, o.sign, c, v);
-      if (c.phase == kDone) return;
-      keep_state(a.ode, c, v);
-    } else {
-      ++c.rejected;
-    }
-    if (!a.adaptive) {
-      if (v.accepted)
-        c.h = o.grid(c.accepted + 1) - o.grid(c.accepted);
-      else
-        c.phase = kNotFinite, c.t += c.h, --c.rejected;
-      return;
-    }
-    c.h *= growth(error, o.method.order);
-    // near an overflow the steps could shrink without end: below the rounding of the state it is given up
-    const double finest = (sizeof(T) == 4 ? 0x1p-23 : 0x1p-52) * o.sign * (a.ode.time(a.ode.count) - a.ode.time(0));
-    const bool stuck = c.t + c.h == c.t || (!finite(error) && o.sign * c.h < finest);
-    if (stuck || c.accepted + c.rejected >= a.max_steps)
-      c.phase = !finite(error) ? kNotFinite : stuck ? kUnderflow : kTooMany;
-  }
 }
 
 // The times that were reached, the state that is kept, and the new state.
@@ -360,7 +259,8 @@ FF_D void ode_solve(const OdeForward& a) {
   if (mine) o.controls[s].phase = kBegin;
   for (;;) {
     if (mine)
-      decide(o, o.controls[s], o.verdicts[s], o.sums + s * kNorms, 1, writes ? a.ode.step(0, o.begin + s) : nullptr);
+      decide(o.rules(), o.controls[s], o.verdicts[s], o.sums + s * kNorms, 1,
+             writes ? a.ode.step(0, o.begin + s) : nullptr);
     __syncthreads();
     apply(o);
     const int64_t phase = agree(o);
@@ -411,7 +311,7 @@ FF_D void ode_step(const OdeForward& a) {
   const int s = int(threadIdx.x);
   if (s < o.samples) {  // each for itself, all the same
     o.controls[s] = kept[a.turn];
-    decide(o, o.controls[s], o.verdicts[s], total, a.ode.samples, first ? a.ode.step(0, 0) : nullptr);
+    decide(o.rules(), o.controls[s], o.verdicts[s], total, a.ode.samples, first ? a.ode.step(0, 0) : nullptr);
     if (first) kept[1 - a.turn] = o.controls[s];
   }
   __syncthreads();
