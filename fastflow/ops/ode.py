@@ -296,7 +296,7 @@ def mlp_ode(
         params, *kind = network(x, layers, layer, activation)
         problem = Problem(method, *kind, control, max_steps)
         start, probes = (p if p is None or p.dtype == params[0].dtype else p.to(params[0].dtype) for p in (x, probes))
-        limit = partial(_too_large, problem=problem, probes=probes, params=params, x=start)
+        limit = partial(_unserved, problem=problem, probes=probes, params=params, x=start)
         backend = choose(FAMILY, (x, probes, *params), backend, limit)
         values, traces, energies, counts = _solve(backend, problem, gradient, checkpoints, start, times, probes, params)
     trace = {"none": lambda: None, "sum": lambda: traces.sum(1), "only": lambda: traces[:, 0], "all": lambda: traces}
@@ -324,18 +324,18 @@ def _solve(backend, problem, gradient, checkpoints, x, times, probes, params):
     return values, traces, energies, path.counts
 
 
-def _too_large(
-    backend: str, problem: Problem, probes: Tensor | None, params: Sequence[Tensor], x: Tensor
-) -> str | None:
-    """Why a backend cannot serve networks of this size, None if it can."""
-    if backend != "cuda":
+def _unserved(backend: str, problem: Problem, probes: Tensor | None, params: Sequence[Tensor], x: Tensor) -> str | None:
+    """Why a backend cannot serve a solve, None if it can: what goes by stages has the steps of the whole batch."""
+    if backend == "cpu" or not problem.control.per_sample:
         return None
+    if backend == "triton":
+        return "has no steps per sample"
     from fastflow.ops.cuda.ode import fits
 
     stages = METHODS[problem.method].stages
     if fits(x, probes, params, problem.layer, bool(problem.control.regularize), stages):
         return None
-    return "a sample and what its steps need do not fit into a block's shared memory"
+    return "has steps per sample only where a sample and what they need fit into a block's shared memory"
 
 
 def _times(times: Sequence[float] | Tensor) -> Tensor:

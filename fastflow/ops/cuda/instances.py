@@ -99,6 +99,7 @@ _MLP_COUPLING = {
     "mlp_coupling_bwd": "StackBackward",
 }
 _ODE = {"ode_solve": "OdeForward", "ode_step": "OdeForward"}
+_STAGES = {"ode_norms": "Stages", "ode_combine": "Combine", "ode_decide": "Stages", "ode_apply": "Stages"}
 _SYLVESTER = {"sylvester_fwd": "SylvesterForward", "sylvester_bwd": "SylvesterBackward"}
 
 USUAL = [
@@ -124,6 +125,7 @@ USUAL = [
     *_each("wavenet", {"wavenet_gate_fwd": "GateRows", "wavenet_gate_bwd": "GateRows"}, _ACCUMULATORS),
     *_each("wavenet", {"wavenet_generate": "Generate"}, _ACCUMULATORS),
     *_each("ode", _ODE, _ACCUMULATORS),
+    *_each("ode_stages", _STAGES, _ACCUMULATORS),
     *_each("ode_backward", {"ode_bwd": "OdeBackward"}, _ACCUMULATORS),
     *_sweeps(),
     *_each("shares", {"add_shares": "Shares"}, _ACCUMULATORS),

@@ -1,0 +1,427 @@
+"""The solve of :mod:`fastflow.ops.ode` for networks of any width on a GPU: stage by stage, in a CUDA graph.
+
+The layers are products of a library with the kernels of :mod:`fastflow.ops.trace_mlp` between them, the rest are four
+small kernels (``Kernels``). All that a step depends on lies on the device (``State``), so one *turn*, an attempt of a
+step, is the same launches each time: they are recorded once per solve and replayed until the device says that it is
+done. Steps are fixed or chosen for the whole batch; not served are solves in which every sample has its own.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastflow.ops import ode_reference as plain
+from fastflow.ops.trace_mlp import LAYERS, _gate, _keeps_input, _layers, _unfold
+
+__all__ = ["Kernels", "State", "backward", "forward"]
+
+NORMS = 8  # kNorms of csrc/cuda/ode_control.cuh
+BLOCK = 8  # samples that are added up together
+EAGER = 2  # turns before one is recorded
+CONTROL, VERDICT = 9, 7  # 8-byte fields of struct Control and Verdict
+BEGIN, DONE, NOT_FINITE, UNDERFLOW, TOO_MANY = 0, 4, 5, 6, 7  # of enum Phase
+T, H, PHASE, ACCEPTED, REJECTED = 0, 1, 3, 5, 6  # their places in struct Control
+
+
+class Kernels(NamedTuple):
+    """Of a backend. n is the size of the flat state: x [B, D], then traces [S, B], then energies [2 or 0, B]."""
+
+    combine: Callable[[Tensor, Tensor, Tensor, Tensor], None]
+    """(base [n], slopes [j, >= n], weights [j], out [B, D] in any strides): out = base + weights . slopes"""
+    norms: Callable[[State], None]
+    """The end of the step in hand, and the sums of squares that decide on it."""
+    decide: Callable[[State], None]
+    """What becomes of the step, and the next one: ``decide`` of csrc/cuda/ode_control.cuh."""
+    apply: Callable[[State], None]
+    """The new state, the outputs that were reached, the state that is kept."""
+    rows: Callable[..., None]
+    rows_bwd: Callable[..., None]
+    contract: Callable[..., None]
+    layer_fwd: Callable[..., None]
+    layer_bwd: Callable[..., None]
+
+
+class State(NamedTuple):
+    """A solve on the device; float64 and int64 where marked so, else in the dtype of x."""
+
+    y: Tensor
+    """[n]"""
+    ends: Tensor
+    """[n]"""
+    slopes: Tensor
+    """[stages, n]"""
+    nodes: Tensor
+    """[stages], their times"""
+    weights: Tensor
+    """[stages + 1, stages], h a and h b"""
+    control: Tensor
+    """int64 [9]: struct Control"""
+    verdict: Tensor
+    """int64 [7]: struct Verdict"""
+    partial: Tensor
+    """float64 [blocks, NORMS]"""
+    errors: Tensor
+    """float64 [B], the norm of every sample's error"""
+    method: Tensor
+    """float64, Method.pack()"""
+    times: Tensor
+    """float64 [1 + T]"""
+    grid: Tensor | None
+    """float64, of fixed steps where they begin and end"""
+    values: Tensor
+    traces: Tensor
+    energies: Tensor
+    steps: Tensor
+    counts: Tensor
+    states: Tensor
+    rtol: float
+    atol: float
+    exact: bool
+    max_steps: int
+
+
+# --- the network at a stage ---------------------------------------------------------------------------
+
+
+class _Net:
+    """f of rows [B, 1 + S, D] at the times of all stages, and the reverse of it.
+
+    ``kept``: one set of hidden rows for every stage, or one for all.
+    """
+
+    def __init__(self, kernels: Kernels, x: Tensor, probes: Tensor | None, params, layer: int, activation: int, kept=1):  # noqa: ANN001
+        self.kernels, self.probes, self.params, self.layer, self.activation = kernels, probes, params, layer, activation
+        count = 0 if probes is None else probes.shape[0]
+        empty = functools.partial(torch.empty, dtype=x.dtype, device=x.device)
+        shape = x.shape[0], 1 + count
+        widths = [given[0].shape[0] for given in _layers(params, layer)]
+        self.rows, self.last = empty((kept, *shape, x.shape[1])), empty((kept, *shape, x.shape[1]))
+        self.hidden = [empty((kept, *shape, width)) for width in widths[:-1]]
+        # where the reverse needs what goes into the activation, what comes out is a buffer of its own
+        self.outs = [empty((*shape, width)) for width in widths[:-1]] if _keeps_input(activation) else None
+        for rows in self.rows:
+            kernels.rows(x, probes, 0, rows)
+
+    def at(self, nodes: Tensor) -> list[tuple[Callable[[int], Tensor], Tensor]]:
+        """Of every layer the weight at stage i, and the bias at all stages."""
+        return [self._layer(nodes, *params) for params in _layers(self.params, self.layer)]
+
+    def _layer(self, nodes: Tensor, weight: Tensor, bias: Tensor, *gating: Tensor):  # noqa: ANN202
+        if LAYERS[self.layer] == "concat":
+            return (lambda _: weight[:, 1:]), torch.addcmul(bias, nodes[:, None], weight[:, 0])
+        if not gating:
+            return (lambda _: weight), bias.expand(nodes.shape[0], -1)
+        gate, shift = _gate(nodes[:, None], *gating)
+        return (lambda i: gate[i, :, None] * weight), torch.addcmul(shift, gate, bias)
+
+    def forward(self, layers: list, stage: int, value: Tensor, trace: Tensor) -> Tensor:
+        """f [B, D] and e . J e [S, B] of the rows of a stage; returns (f less the last bias, J e) [B, 1 + S, D]."""
+        slot = stage % len(self.rows)
+        y, last = self.rows[slot], self.last[slot]
+        for n, (weight, bias) in enumerate(layers[:-1]):
+            a = self.hidden[n][slot]
+            z = a if self.outs is None else self.outs[n]
+            self.kernels.layer_fwd(y, weight(stage), bias[stage], a, z, self.activation)
+            y = z
+        weight, bias = layers[-1]
+        self.kernels.layer_fwd(y, weight(stage), None, last, None, self.activation)
+        self.kernels.contract(last, bias[stage], self.probes, 0, value, trace)
+        return last
+
+    def backward(self, layers: list, stage: int, t: Tensor, g: Tensor, gx: Tensor, gparams: Sequence[Tensor]) -> None:
+        """The reverse at the time t [], from g of all that ``forward`` returned; adds to ``gparams``."""
+        each = _layers(gparams, self.layer)
+        for n in reversed(range(len(layers))):
+            weight = layers[n][0](stage)
+            before = self.hidden[n - 1][stage] if n > 0 else None
+            y = self.rows[stage] if before is None else before if self.outs is None else self.outs[n - 1]
+            previous = gx if before is None else torch.empty_like(before)
+            gweight = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
+            self.kernels.layer_bwd(g, weight, before, y, gweight, previous, self.activation)
+            _, *found = _unfold(t, _layers(self.params, self.layer)[n], self.layer, gweight, g[:, 0].sum(0))
+            for total, part in zip(each[n], found, strict=True):
+                total += part
+            g = previous
+
+
+class _Parts(NamedTuple):
+    """Views of the last dimension of flat states, [..., n]."""
+
+    x: Tensor
+    traces: Tensor
+    energies: Tensor
+
+
+def _parts(flat: Tensor, samples: int, features: int, tangents: int) -> _Parts:
+    sizes = samples * features, samples * tangents
+    rest = flat.shape[-1] - sum(sizes)
+    x, traces, energies = flat.split([*sizes, rest], -1)
+    return _Parts(
+        x.unflatten(-1, (samples, features)),
+        traces.unflatten(-1, (tangents, samples)),
+        energies.unflatten(-1, (rest // samples, samples)),
+    )
+
+
+# --- turns --------------------------------------------------------------------------------------------
+
+
+def _recorded(work: Callable[[], None], device: torch.device) -> Callable[[], None]:
+    """The same launches as one CUDA graph; the work itself where there is no GPU, or where it cannot be recorded.
+
+    It must have run before: what is compiled or set up at the first use is not recorded. The graph lives as long as
+    what is returned, which must be as long as it runs.
+    """
+    if device.type != "cuda":
+        return work
+    # torch.cuda.graph() would also collect garbage and empty the cache, which takes longer than most solves
+    graph, stream, current = torch.cuda.CUDAGraph(), torch.cuda.Stream(device), torch.cuda.current_stream(device)
+    stream.wait_stream(current)
+    try:
+        with torch.cuda.device(device), torch.cuda.stream(stream):
+            graph.capture_begin(capture_error_mode="thread_local")
+            try:
+                work()
+            finally:
+                graph.capture_end()
+    except RuntimeError:
+        return work
+    current.wait_stream(stream)
+    return graph.replay
+
+
+def _until_done(turn: Callable[[], None], phase: Tensor, most: int) -> None:
+    """Turns, ``most`` of them, until the phase [1] on the device is one of an end."""
+    if not phase.is_cuda:
+        while most > 0 and phase.item() < DONE:
+            turn()
+            most -= 1
+        return
+    # the host looks at the turn before the one that it has just launched: so the device never waits
+    seen, events = torch.zeros(2, dtype=torch.int64, pin_memory=True), [torch.cuda.Event() for _ in range(2)]
+    for i in range(most):
+        if i == EAGER:
+            turn = _recorded(turn, phase.device)
+        turn()
+        seen[i % 2 : i % 2 + 1].copy_(phase, non_blocking=True)
+        events[i % 2].record()
+        if i > 0:
+            events[1 - i % 2].synchronize()
+            if seen[1 - i % 2] >= DONE:
+                break
+    torch.cuda.current_stream(phase.device).synchronize()  # before the graph goes
+
+
+@torch.no_grad()
+def forward(
+    kernels: Kernels, x, times, probes, params, method, layer: int, activation: int, control, max_steps: int, values,
+    traces, energies, steps, counts, states,
+) -> None:  # fmt: skip
+    """``mlp_ode_fwd`` by the kernels of a backend."""
+    rtol, atol, step_size, _, exact, _ = control
+    stages, fsal, adaptive = int(method[0]), int(method[2]), bool(method[3]) and not step_size
+    numbers, device, (samples, features) = times.tolist(), x.device, x.shape
+    tangents, size = traces.shape[1], samples * (features + traces.shape[1] + energies.shape[1])
+    doubles = functools.partial(torch.tensor, dtype=torch.float64, device=device)
+    state = State(
+        y=x.new_zeros(size),
+        ends=x.new_empty(size),
+        slopes=x.new_empty((stages, size)),
+        nodes=x.new_empty(stages),
+        weights=x.new_empty((stages + 1, stages)),
+        control=torch.zeros(CONTROL, dtype=torch.int64, device=device),
+        verdict=torch.empty(VERDICT, dtype=torch.int64, device=device),
+        partial=torch.empty((-(-samples // BLOCK), NORMS), dtype=torch.float64, device=device),
+        errors=torch.zeros(samples, dtype=torch.float64, device=device),
+        method=doubles(method),
+        times=doubles(numbers),
+        grid=None if adaptive else doubles(plain.grid(numbers, step_size, max_steps)),
+        values=values, traces=traces, energies=energies, steps=steps, counts=counts, states=states,
+        rtol=float(rtol), atol=float(atol), exact=bool(exact), max_steps=max_steps,
+    )  # fmt: skip
+    y, slopes = (_parts(flat, samples, features, tangents) for flat in (state.y, state.slopes))
+    y.x.copy_(x)
+    net = _Net(kernels, x, probes, params, layer, activation)
+    sign = -1.0 if numbers[-1] < numbers[0] else 1.0
+
+    def turn(first: int, last: int) -> None:
+        layers = net.at(state.nodes)
+        for i in range(first, last):
+            kernels.combine(state.y, state.slopes[:i], state.weights[i, :i], net.rows[0, :, 0])
+            rows = net.forward(layers, i, slopes.x[i], slopes.traces[i])
+            if energies.shape[1]:
+                kinetic, jacobian = slopes.energies[i]
+                torch.sum(slopes.x[i].square(), 1, out=kinetic)
+                torch.sum(rows[:, 1:].square(), (1, 2), out=jacobian)
+                kinetic *= sign
+                jacobian *= sign if exact else sign / max(tangents, 1)
+        kernels.norms(state)
+        kernels.decide(state)
+        kernels.apply(state)
+
+    kernels.decide(state)
+    kernels.apply(state)
+    if numbers[0] != numbers[-1]:
+        if adaptive or fsal:
+            turn(0, 1)
+        if adaptive:
+            turn(1, 2)
+        phase = state.control[PHASE : PHASE + 1]
+        _until_done(functools.partial(turn, fsal, stages), phase, max_steps + 1)
+    found = state.control.cpu()
+    if found[PHASE] > DONE:
+        t, h = found[: H + 1].view(torch.float64).tolist()
+        attempt = found[ACCEPTED] + found[REJECTED] + 1
+        sample = int(state.errors.nan_to_num(torch.inf).argmax())
+        raise failure(int(found[PHASE]), t, attempt, h, sample, max_steps)
+
+
+def failure(code: float, t: float, attempt: float, h: float, sample: int, max_steps: int) -> RuntimeError:
+    """How a solve that ended in this phase is reported."""
+    what = {NOT_FINITE: plain.NOT_FINITE, UNDERFLOW: "the step underflows", TOO_MANY: plain.too_many(max_steps)}
+    return RuntimeError(f"{what[int(code)]} at t = {t:.6g}, step {int(attempt)}, h = {h:.3g}, first in sample {sample}")
+
+
+# --- backward -----------------------------------------------------------------------------------------
+
+
+class _Step(NamedTuple):
+    """A step that was accepted."""
+
+    number: int
+    t: float
+    h: float
+    outputs: list[int]
+    """Of the times, those that lie in it."""
+
+
+def _steps_back(times: list[float], path: list[list[float]]) -> Iterator[_Step]:
+    """The steps from the last to the first."""
+    sign, left = -1.0 if times[-1] < times[0] else 1.0, len(times) - 1
+    for number, (t, h) in reversed(list(enumerate(path))):
+        last = left
+        while left > 0 and sign * times[left] > sign * t:
+            left -= 1
+        yield _Step(number, t, h, list(range(left + 1, last + 1)))
+
+
+def _dense(method: Sequence[float], theta: float) -> list[float]:
+    """b_i(theta) of a packed method."""
+    stages = int(method[0])
+    if theta >= 1:
+        return list(method[4 + stages * (stages + 1) :][:stages])
+    rows = torch.tensor(method[-4 * stages :], dtype=torch.float64).view(stages, 4)
+    return (rows @ torch.tensor([theta, theta**2, theta**3, theta**4], dtype=torch.float64)).tolist()
+
+
+@torch.no_grad()
+def backward(
+    kernels: Kernels, x, times, probes, params, method, layer: int, activation: int, control, steps, counts, states,
+    gvalues, gtraces, genergies, gx, gparams,
+) -> None:  # fmt: skip
+    """``mlp_ode_bwd`` by the kernels of a backend: from every state that was kept the values alone go ahead to the next
+    one, and back step by step: all stages with their tangents, and the reverse of each."""
+    stages, fsal, exact = int(method[0]), int(method[2]), bool(control[4])
+    numbers, device, (samples, features) = times.tolist(), x.device, x.shape
+    tangents, regularized = gtraces.shape[1], genergies.shape[1] > 0
+    accepted, spacing = counts[0, 1::2].tolist()
+    path = steps[:accepted, 0]
+    tableau = torch.tensor(method[4:], dtype=torch.float64, device=device)
+    c, ab = tableau[:stages], tableau[stages : stages * (stages + 2)].view(stages + 1, stages)
+    all_nodes = (path[:, :1] + path[:, 1:] * c).to(x.dtype)
+    all_weights = (path[:, 1, None, None] * ab).to(x.dtype)
+
+    # of the step in hand: h a and h b; a's columns too; the gradients of stages, of what their slopes get from outside
+    weights, columns, nodes = x.new_empty((stages + 1, stages)), x.new_empty((stages, stages)), x.new_empty(stages)
+    y, slopes = x.new_empty(samples * features), x.new_empty((stages, samples * features))
+    gstages = x.new_empty((stages, samples * features))
+    gstate = x.new_zeros(samples * (features + tangents + genergies.shape[1]))
+    seeds = x.new_empty((stages, gstate.shape[0]))
+    goutputs = torch.cat([g.flatten(1) for g in (gvalues, gtraces, genergies)], 1)
+    totals = [torch.zeros_like(p, dtype=torch.float64) for p in params]
+    traces = x.new_empty((tangents, samples))
+    replayed = x.new_empty((min(spacing, max(accepted, 1)), *y.shape))
+    net = _Net(kernels, x, probes, params, layer, activation, kept=stages)
+    alone = _Net(kernels, x, None, params, layer, activation) if spacing > 1 else None
+    sign, needed = -1.0 if numbers[-1] < numbers[0] else 1.0, stages - fsal  # the last one has a weight of 0 in a step
+    seed, after = (_parts(flat, samples, features, tangents) for flat in (seeds, gstate))
+    values, of_stages = (flat.view(stages, samples, features) for flat in (slopes, gstages))
+    g = x.new_empty((samples, 1 + tangents, features))
+
+    def ahead() -> None:
+        layers = alone.at(nodes)
+        for i in range(needed):
+            kernels.combine(y, slopes[:i], weights[i, :i], alone.rows[0, :, 0])
+            alone.forward(layers, i, values[i], traces[:0])
+        kernels.combine(y, slopes[:needed], weights[stages, :needed], y.view(samples, features))
+
+    def back(count: int) -> None:
+        layers = net.at(nodes)
+        for i in range(count):
+            kernels.combine(y, slopes[:i], weights[i, :i], net.rows[i, :, 0])
+            net.forward(layers, i, values[i], traces)
+        for i in reversed(range(count)):
+            gvalue = seed.x[i]
+            kernels.combine(gvalue, gstages[i + 1 : count], columns[i, i + 1 : count], gvalue)
+            kernels.rows_bwd(gvalue, seed.traces[i], probes, 0, g)
+            if regularized:
+                kinetic, jacobian = 2 * sign * seed.energies[i]
+                g[:, 0].addcmul_(kinetic[:, None], values[i])
+                weight = 1.0 if exact else 1 / max(tangents, 1)
+                g[:, 1:].addcmul_(jacobian[:, None, None], net.last[i, :, 1:], value=weight)
+            net.backward(layers, i, nodes[i], g, of_stages[i], totals)
+        after.x.add_(of_stages[:count].sum(0))
+
+    @functools.cache
+    def often(work: Callable[[], None], *arguments: int) -> Callable[[], None]:
+        """``work``, recorded after some runs of it."""
+        runs = 0
+        do = functools.partial(work, *arguments)
+
+        def run() -> None:
+            nonlocal runs, do
+            if runs == EAGER:
+                do = _recorded(do, device)
+            runs += 1
+            do()
+
+        return run
+
+    def enter(number: int) -> None:
+        nodes.copy_(all_nodes[number])
+        weights.copy_(all_weights[number])
+        columns.copy_(weights[:stages].t())
+
+    for step in _steps_back(numbers, path.tolist()):
+        first = step.number // spacing * spacing
+        if step.number == first + spacing - 1 or step.number == accepted - 1:  # of its segment the last
+            y.copy_(states[first // spacing].flatten())
+            for number in range(first, step.number):
+                replayed[number - first].copy_(y)
+                enter(number)
+                often(ahead)()
+            replayed[step.number - first].copy_(y)
+        y.copy_(replayed[step.number - first])
+        enter(step.number)
+        torch.mul(weights[stages][:, None], gstate, out=seeds)
+        count = needed
+        for i in step.outputs:
+            within = _dense(method, (numbers[i] - step.t) / step.h)
+            count = stages if within[-1] != 0 else count
+            seeds.addcmul_(seeds.new_tensor([step.h * b for b in within])[:, None], goutputs[i - 1])
+        for i in step.outputs:
+            gstate += goutputs[i - 1]
+        often(back, count)()
+    at_start = [i for i in range(1, len(numbers)) if numbers[i] == numbers[0]]
+    gx.copy_(after.x)
+    for i in at_start:
+        gx += gvalues[i - 1]
+    for total, gparam in zip(totals, gparams, strict=True):
+        gparam.copy_(total)
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()  # before the graphs go
