@@ -28,9 +28,8 @@ FF_D void ode_combine(const Combine& a) {
 
 struct Stages {
   int64_t samples, features, tangents, energies, size;  // size: of the flat state
-  int64_t sum;                                          // of the probes, or their mean, in the norm
   int64_t count, checkpoints, max_steps, blocks;        // count: of times to reach; blocks: of ode_norms
-  double rtol, atol;
+  char* tolerances;                                     // rtol, atol, and the weight of a probe in the norm
   char *method, *times, *grid;     // as Method.pack() has it; [1 + count]; of fixed steps: where they begin
   char *y, *ends, *slopes;         // [size], [size], [stages, size]
   char *nodes, *weights;           // [stages], [stages + 1, stages]: h a and h b, for the stages to come
@@ -87,7 +86,9 @@ FF_D void ode_norms(const Stages& a) {
   const int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) / 32;
   const int64_t B = a.samples, b = int64_t(blockIdx.x) * (kThreads / 32) + warp;
   const bool valid = b < B;
-  const auto scale = [&](double u, double v) { return a.atol + a.rtol * most(u < 0 ? -u : u, v < 0 ? -v : v); };
+  const double* const tolerances = reinterpret_cast<const double*>(a.tolerances);
+  const double rtol = tolerances[0], atol = tolerances[1], w = tolerances[2];
+  const auto scale = [&](double u, double v) { return atol + rtol * most(u < 0 ? -u : u, v < 0 ? -v : v); };
   double sums[kNorms] = {}, strange = 0;
   const auto add = [&](int which, const Quantities& q) {
     const double size = scale(q.from, q.to), first = over(q.of_end, size), second = over(q.of_slope, size);
@@ -101,11 +102,12 @@ FF_D void ode_norms(const Stages& a) {
       const Quantities q = quantities(o, c, (a.features + s) * B + b);
       trace.of_end += q.of_end, trace.of_slope += q.of_slope, trace.from += q.from, trace.to += q.to;
     }
-    if (lane < a.energies) add(2 + lane, quantities(o, c, (a.features + a.tangents + lane) * B + b));
+#pragma unroll
+    for (int e = 0; e < 2; ++e)
+      if (lane == 0 && e < a.energies) add(2 + e, quantities(o, c, (a.features + a.tangents + e) * B + b));
   }
   trace = {warp_sum(trace.of_end), warp_sum(trace.of_slope), warp_sum(trace.from), warp_sum(trace.to)};
   if (a.tangents && lane == 0) {
-    const double w = a.sum ? 1 : 1 / double(a.tangents);
     add(1, {w * trace.of_end, w * trace.of_slope, double(T(w * trace.from)), double(T(w * trace.to))});
   }
 #pragma unroll

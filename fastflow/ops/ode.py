@@ -28,8 +28,7 @@ from fastflow.ops.trace_mlp import _materialised, _probes, _readable, network
 
 __all__ = ["Solution", "Steps", "mlp_ode"]
 
-KERNELS = ("cpu", "cuda")
-FAMILY = Family("ode", gpu=("cuda",))
+FAMILY = Family("ode")
 
 
 class Steps(NamedTuple):
@@ -89,7 +88,6 @@ _PROBLEM = (
 
 @op(
     f"mlp_ode_fwd({_PROBLEM}, int checkpoints, int max_steps) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    backends=KERNELS,
 )
 def _forward(kernel, x, times, probes, params, method, layer, activation, control, checkpoints, max_steps):
     (samples, dim), outputs = x.shape, times.shape[0] - 1
@@ -110,7 +108,6 @@ def _forward(kernel, x, times, probes, params, method, layer, activation, contro
 @op(
     f"mlp_ode_bwd({_PROBLEM}, Tensor steps, Tensor counts, Tensor states, Tensor gvalues, Tensor gtraces,"
     " Tensor genergies) -> Tensor[]",
-    backends=KERNELS,
 )
 def _backward(
     kernel, x, times, probes, params, method, layer, activation, control, steps, counts, states, gvalues, gtraces,

@@ -9,7 +9,7 @@ done. Steps are fixed or chosen for the whole batch; not served are solves in wh
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor
 from fastflow.ops import ode_reference as plain
 from fastflow.ops.trace_mlp import LAYERS, _gate, _keeps_input, _layers, _unfold
 
-__all__ = ["Kernels", "State", "backward", "forward"]
+__all__ = ["Kernels", "Net", "State", "failure", "forward", "parts", "recorded"]
 
 NORMS = 8  # kNorms of csrc/cuda/ode_control.cuh
 BLOCK = 8  # samples that are added up together
@@ -79,16 +79,17 @@ class State(NamedTuple):
     steps: Tensor
     counts: Tensor
     states: Tensor
-    rtol: float
-    atol: float
-    exact: bool
+    tolerances: Tensor
+    """float64 [3]: rtol, atol, and the weight of a probe in the norm, 1 or 1 / S"""
+    order: int
+    fsal: bool
     max_steps: int
 
 
 # --- the network at a stage ---------------------------------------------------------------------------
 
 
-class _Net:
+class Net:
     """f of rows [B, 1 + S, D] at the times of all stages, and the reverse of it.
 
     ``kept``: one set of hidden rows for every stage, or one for all.
@@ -149,7 +150,7 @@ class _Net:
             g = previous
 
 
-class _Parts(NamedTuple):
+class Parts(NamedTuple):
     """Views of the last dimension of flat states, [..., n]."""
 
     x: Tensor
@@ -157,11 +158,11 @@ class _Parts(NamedTuple):
     energies: Tensor
 
 
-def _parts(flat: Tensor, samples: int, features: int, tangents: int) -> _Parts:
+def parts(flat: Tensor, samples: int, features: int, tangents: int) -> Parts:
     sizes = samples * features, samples * tangents
     rest = flat.shape[-1] - sum(sizes)
     x, traces, energies = flat.split([*sizes, rest], -1)
-    return _Parts(
+    return Parts(
         x.unflatten(-1, (samples, features)),
         traces.unflatten(-1, (tangents, samples)),
         energies.unflatten(-1, (rest // samples, samples)),
@@ -171,7 +172,7 @@ def _parts(flat: Tensor, samples: int, features: int, tangents: int) -> _Parts:
 # --- turns --------------------------------------------------------------------------------------------
 
 
-def _recorded(work: Callable[[], None], device: torch.device) -> Callable[[], None]:
+def recorded(work: Callable[[], None], device: torch.device) -> Callable[[], None]:
     """The same launches as one CUDA graph; the work itself where there is no GPU, or where it cannot be recorded.
 
     It must have run before: what is compiled or set up at the first use is not recorded. The graph lives as long as
@@ -206,7 +207,7 @@ def _until_done(turn: Callable[[], None], phase: Tensor, most: int) -> None:
     seen, events = torch.zeros(2, dtype=torch.int64, pin_memory=True), [torch.cuda.Event() for _ in range(2)]
     for i in range(most):
         if i == EAGER:
-            turn = _recorded(turn, phase.device)
+            turn = recorded(turn, phase.device)
         turn()
         seen[i % 2 : i % 2 + 1].copy_(phase, non_blocking=True)
         events[i % 2].record()
@@ -224,9 +225,10 @@ def forward(
 ) -> None:  # fmt: skip
     """``mlp_ode_fwd`` by the kernels of a backend."""
     rtol, atol, step_size, _, exact, _ = control
-    stages, fsal, adaptive = int(method[0]), int(method[2]), bool(method[3]) and not step_size
+    stages, fsal, adaptive = int(method[0]), bool(method[2]), bool(method[3]) and not step_size
     numbers, device, (samples, features) = times.tolist(), x.device, x.shape
     tangents, size = traces.shape[1], samples * (features + traces.shape[1] + energies.shape[1])
+    weight = 1.0 if exact or not tangents else 1 / tangents  # of a probe
     doubles = functools.partial(torch.tensor, dtype=torch.float64, device=device)
     state = State(
         y=x.new_zeros(size),
@@ -236,17 +238,17 @@ def forward(
         weights=x.new_empty((stages + 1, stages)),
         control=torch.zeros(CONTROL, dtype=torch.int64, device=device),
         verdict=torch.empty(VERDICT, dtype=torch.int64, device=device),
-        partial=torch.empty((-(-samples // BLOCK), NORMS), dtype=torch.float64, device=device),
+        partial=torch.zeros((-(-samples // BLOCK), NORMS), dtype=torch.float64, device=device),
         errors=torch.zeros(samples, dtype=torch.float64, device=device),
         method=doubles(method),
         times=doubles(numbers),
         grid=None if adaptive else doubles(plain.grid(numbers, step_size, max_steps)),
         values=values, traces=traces, energies=energies, steps=steps, counts=counts, states=states,
-        rtol=float(rtol), atol=float(atol), exact=bool(exact), max_steps=max_steps,
+        tolerances=doubles((rtol, atol, weight)), order=int(method[1]), fsal=fsal, max_steps=max_steps,
     )  # fmt: skip
-    y, slopes = (_parts(flat, samples, features, tangents) for flat in (state.y, state.slopes))
+    y, slopes = (parts(flat, samples, features, tangents) for flat in (state.y, state.slopes))
     y.x.copy_(x)
-    net = _Net(kernels, x, probes, params, layer, activation)
+    net = Net(kernels, x, probes, params, layer, activation)
     sign = -1.0 if numbers[-1] < numbers[0] else 1.0
 
     def turn(first: int, last: int) -> None:
@@ -259,7 +261,7 @@ def forward(
                 torch.sum(slopes.x[i].square(), 1, out=kinetic)
                 torch.sum(rows[:, 1:].square(), (1, 2), out=jacobian)
                 kinetic *= sign
-                jacobian *= sign if exact else sign / max(tangents, 1)
+                jacobian *= sign * weight
         kernels.norms(state)
         kernels.decide(state)
         kernels.apply(state)
@@ -285,143 +287,3 @@ def failure(code: float, t: float, attempt: float, h: float, sample: int, max_st
     """How a solve that ended in this phase is reported."""
     what = {NOT_FINITE: plain.NOT_FINITE, UNDERFLOW: "the step underflows", TOO_MANY: plain.too_many(max_steps)}
     return RuntimeError(f"{what[int(code)]} at t = {t:.6g}, step {int(attempt)}, h = {h:.3g}, first in sample {sample}")
-
-
-# --- backward -----------------------------------------------------------------------------------------
-
-
-class _Step(NamedTuple):
-    """A step that was accepted."""
-
-    number: int
-    t: float
-    h: float
-    outputs: list[int]
-    """Of the times, those that lie in it."""
-
-
-def _steps_back(times: list[float], path: list[list[float]]) -> Iterator[_Step]:
-    """The steps from the last to the first."""
-    sign, left = -1.0 if times[-1] < times[0] else 1.0, len(times) - 1
-    for number, (t, h) in reversed(list(enumerate(path))):
-        last = left
-        while left > 0 and sign * times[left] > sign * t:
-            left -= 1
-        yield _Step(number, t, h, list(range(left + 1, last + 1)))
-
-
-def _dense(method: Sequence[float], theta: float) -> list[float]:
-    """b_i(theta) of a packed method."""
-    stages = int(method[0])
-    if theta >= 1:
-        return list(method[4 + stages * (stages + 1) :][:stages])
-    rows = torch.tensor(method[-4 * stages :], dtype=torch.float64).view(stages, 4)
-    return (rows @ torch.tensor([theta, theta**2, theta**3, theta**4], dtype=torch.float64)).tolist()
-
-
-@torch.no_grad()
-def backward(
-    kernels: Kernels, x, times, probes, params, method, layer: int, activation: int, control, steps, counts, states,
-    gvalues, gtraces, genergies, gx, gparams,
-) -> None:  # fmt: skip
-    """``mlp_ode_bwd`` by the kernels of a backend: from every state that was kept the values alone go ahead to the next
-    one, and back step by step: all stages with their tangents, and the reverse of each."""
-    stages, fsal, exact = int(method[0]), int(method[2]), bool(control[4])
-    numbers, device, (samples, features) = times.tolist(), x.device, x.shape
-    tangents, regularized = gtraces.shape[1], genergies.shape[1] > 0
-    accepted, spacing = counts[0, 1::2].tolist()
-    path = steps[:accepted, 0]
-    tableau = torch.tensor(method[4:], dtype=torch.float64, device=device)
-    c, ab = tableau[:stages], tableau[stages : stages * (stages + 2)].view(stages + 1, stages)
-    all_nodes = (path[:, :1] + path[:, 1:] * c).to(x.dtype)
-    all_weights = (path[:, 1, None, None] * ab).to(x.dtype)
-
-    # of the step in hand: h a and h b; a's columns too; the gradients of stages, of what their slopes get from outside
-    weights, columns, nodes = x.new_empty((stages + 1, stages)), x.new_empty((stages, stages)), x.new_empty(stages)
-    y, slopes = x.new_empty(samples * features), x.new_empty((stages, samples * features))
-    gstages = x.new_empty((stages, samples * features))
-    gstate = x.new_zeros(samples * (features + tangents + genergies.shape[1]))
-    seeds = x.new_empty((stages, gstate.shape[0]))
-    goutputs = torch.cat([g.flatten(1) for g in (gvalues, gtraces, genergies)], 1)
-    totals = [torch.zeros_like(p, dtype=torch.float64) for p in params]
-    traces = x.new_empty((tangents, samples))
-    replayed = x.new_empty((min(spacing, max(accepted, 1)), *y.shape))
-    net = _Net(kernels, x, probes, params, layer, activation, kept=stages)
-    alone = _Net(kernels, x, None, params, layer, activation) if spacing > 1 else None
-    sign, needed = -1.0 if numbers[-1] < numbers[0] else 1.0, stages - fsal  # the last one has a weight of 0 in a step
-    seed, after = (_parts(flat, samples, features, tangents) for flat in (seeds, gstate))
-    values, of_stages = (flat.view(stages, samples, features) for flat in (slopes, gstages))
-    g = x.new_empty((samples, 1 + tangents, features))
-
-    def ahead() -> None:
-        layers = alone.at(nodes)
-        for i in range(needed):
-            kernels.combine(y, slopes[:i], weights[i, :i], alone.rows[0, :, 0])
-            alone.forward(layers, i, values[i], traces[:0])
-        kernels.combine(y, slopes[:needed], weights[stages, :needed], y.view(samples, features))
-
-    def back(count: int) -> None:
-        layers = net.at(nodes)
-        for i in range(count):
-            kernels.combine(y, slopes[:i], weights[i, :i], net.rows[i, :, 0])
-            net.forward(layers, i, values[i], traces)
-        for i in reversed(range(count)):
-            gvalue = seed.x[i]
-            kernels.combine(gvalue, gstages[i + 1 : count], columns[i, i + 1 : count], gvalue)
-            kernels.rows_bwd(gvalue, seed.traces[i], probes, 0, g)
-            if regularized:
-                kinetic, jacobian = 2 * sign * seed.energies[i]
-                g[:, 0].addcmul_(kinetic[:, None], values[i])
-                weight = 1.0 if exact else 1 / max(tangents, 1)
-                g[:, 1:].addcmul_(jacobian[:, None, None], net.last[i, :, 1:], value=weight)
-            net.backward(layers, i, nodes[i], g, of_stages[i], totals)
-        after.x.add_(of_stages[:count].sum(0))
-
-    @functools.cache
-    def often(work: Callable[[], None], *arguments: int) -> Callable[[], None]:
-        """``work``, recorded after some runs of it."""
-        runs = 0
-        do = functools.partial(work, *arguments)
-
-        def run() -> None:
-            nonlocal runs, do
-            if runs == EAGER:
-                do = _recorded(do, device)
-            runs += 1
-            do()
-
-        return run
-
-    def enter(number: int) -> None:
-        nodes.copy_(all_nodes[number])
-        weights.copy_(all_weights[number])
-        columns.copy_(weights[:stages].t())
-
-    for step in _steps_back(numbers, path.tolist()):
-        first = step.number // spacing * spacing
-        if step.number == first + spacing - 1 or step.number == accepted - 1:  # of its segment the last
-            y.copy_(states[first // spacing].flatten())
-            for number in range(first, step.number):
-                replayed[number - first].copy_(y)
-                enter(number)
-                often(ahead)()
-            replayed[step.number - first].copy_(y)
-        y.copy_(replayed[step.number - first])
-        enter(step.number)
-        torch.mul(weights[stages][:, None], gstate, out=seeds)
-        count = needed
-        for i in step.outputs:
-            within = _dense(method, (numbers[i] - step.t) / step.h)
-            count = stages if within[-1] != 0 else count
-            seeds.addcmul_(seeds.new_tensor([step.h * b for b in within])[:, None], goutputs[i - 1])
-        for i in step.outputs:
-            gstate += goutputs[i - 1]
-        often(back, count)()
-    at_start = [i for i in range(1, len(numbers)) if numbers[i] == numbers[0]]
-    gx.copy_(after.x)
-    for i in at_start:
-        gx += gvalues[i - 1]
-    for total, gparam in zip(totals, gparams, strict=True):
-        gparam.copy_(total)
-    if device.type == "cuda":
-        torch.cuda.current_stream(device).synchronize()  # before the graphs go

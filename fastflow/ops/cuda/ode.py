@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastflow.ops import ode_reference as plain
-from fastflow.ops import ode_stages
+from fastflow.ops import ode_stages, ode_stages_backward
 from fastflow.ops.cuda.dynamics import MOST_LAYERS, Network, Places, network, pack, unpack
 from fastflow.ops.cuda.ode_stages import STAGES
 from fastflow.ops.cuda.plan import NULL, Address, Launch, Plan, Value, accumulates, planned
@@ -183,7 +183,7 @@ def mlp_ode_bwd(
     genergies, gx, gparams,
 ) -> None:  # fmt: skip
     if not fits(x, probes, params, layer, bool(control[5]), int(method[0])):
-        return ode_stages.backward(
+        return ode_stages_backward.backward(
             STAGES, x, times, probes, params, method, layer, activation, control, steps, counts, states, gvalues,
             gtraces, genergies, gx, gparams,
         )  # fmt: skip

@@ -13,7 +13,21 @@ from fastflow.ops.ode_stages import BLOCK, NORMS, Kernels, State
 __all__ = ["STAGES"]
 
 ADDRESSES = (
-    *("method", "times", "grid", "y", "ends", "slopes", "nodes", "weights", "control", "verdict", "partial", "errors"),
+    *(
+        "tolerances",
+        "method",
+        "times",
+        "grid",
+        "y",
+        "ends",
+        "slopes",
+        "nodes",
+        "weights",
+        "control",
+        "verdict",
+        "partial",
+        "errors",
+    ),
     *("values", "traces", "energies", "steps", "counts", "states"),
 )
 
@@ -31,8 +45,8 @@ def _launch(kernel: str, *arguments) -> Plan:  # noqa: ANN002
     state = State(*arguments)
     outputs, samples, features = state.values.shape
     blocks = {"ode_norms": state.partial.shape[0], "ode_decide": 1, "ode_apply": -(-state.y.shape[0] // THREADS)}
-    fields = [samples, features, state.traces.shape[1], state.energies.shape[1], state.y.shape[0], int(state.exact)]
-    fields += [outputs, state.states.shape[0], state.max_steps, state.partial.shape[0], state.rtol, state.atol]
+    fields = [samples, features, state.traces.shape[1], state.energies.shape[1], state.y.shape[0]]
+    fields += [outputs, state.states.shape[0], state.max_steps, state.partial.shape[0]]
     fields += [NULL if getattr(state, n) is None else Address(1 + State._fields.index(n)) for n in ADDRESSES]
     instance = Instance("ode_stages", kernel, "Stages", (accumulates(state.y),))
     return Plan([Launch(instance, blocks[kernel], fields, shared=BLOCK * NORMS * 8)])
