@@ -18,7 +18,7 @@ from torch import Tensor
 from fastflow.ops import ode_reference as plain
 from fastflow.ops.trace_mlp import LAYERS, _gate, _keeps_input, _layers, _unfold
 
-__all__ = ["Kernels", "Net", "State", "failure", "forward", "parts", "recorded"]
+__all__ = ["Kernels", "Net", "State", "failure", "forward", "parts", "recorded", "wait"]
 
 NORMS = 8  # kNorms of csrc/cuda/ode_control.cuh
 BLOCK = 8  # samples that are added up together
@@ -172,19 +172,30 @@ def parts(flat: Tensor, samples: int, features: int, tangents: int) -> Parts:
 # --- turns --------------------------------------------------------------------------------------------
 
 
+def on_gpu(device: torch.device) -> bool:
+    return device.type == "cuda"
+
+
+@functools.lru_cache(maxsize=16)
+def _beside(current: torch.cuda.Stream) -> torch.cuda.Stream:
+    """Where graphs are recorded: one stream for each, because the library of products keeps memory for every stream."""
+    return torch.cuda.Stream(current.device)
+
+
 def recorded(work: Callable[[], None], device: torch.device) -> Callable[[], None]:
     """The same launches as one CUDA graph; the work itself where there is no GPU, or where it cannot be recorded.
 
-    It must have run before: what is compiled or set up at the first use is not recorded. The graph lives as long as
-    what is returned, which must be as long as it runs.
+    It must have run before: what is compiled or set up at the first use cannot be recorded. The graph lives as long as
+    what is returned, and that must be as long as it runs: see :func:`wait`.
     """
-    if device.type != "cuda":
+    if not on_gpu(device):
         return work
-    # torch.cuda.graph() would also collect garbage and empty the cache, which takes longer than most solves
-    graph, stream, current = torch.cuda.CUDAGraph(), torch.cuda.Stream(device), torch.cuda.current_stream(device)
+    # torch.cuda.graph() would also collect garbage and empty the cache, which takes longer than many a solve
+    graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream(device)
+    stream = _beside(current)
     stream.wait_stream(current)
     try:
-        with torch.cuda.device(device), torch.cuda.stream(stream):
+        with torch.cuda.stream(stream):
             graph.capture_begin(capture_error_mode="thread_local")
             try:
                 work()
@@ -196,26 +207,34 @@ def recorded(work: Callable[[], None], device: torch.device) -> Callable[[], Non
     return graph.replay
 
 
-def _until_done(turn: Callable[[], None], phase: Tensor, most: int) -> None:
+def wait(device: torch.device) -> None:
+    """Until all that was launched has run."""
+    if on_gpu(device):
+        torch.cuda.current_stream(device).synchronize()
+
+
+def until_done(turn: Callable[[], None], phase: Tensor, most: int) -> None:
     """Turns, ``most`` of them, until the phase [1] on the device is one of an end."""
-    if not phase.is_cuda:
+    if not on_gpu(phase.device):
         while most > 0 and phase.item() < DONE:
             turn()
             most -= 1
         return
-    # the host looks at the turn before the one that it has just launched: so the device never waits
-    seen, events = torch.zeros(2, dtype=torch.int64, pin_memory=True), [torch.cuda.Event() for _ in range(2)]
+    # the host looks at the turn before the one that it has just launched, so the device need not wait for it
+    stream, events = torch.cuda.current_stream(phase.device), (torch.cuda.Event(), torch.cuda.Event())
+    seen = torch.zeros(2, dtype=torch.int64).pin_memory()
     for i in range(most):
         if i == EAGER:
             turn = recorded(turn, phase.device)
         turn()
-        seen[i % 2 : i % 2 + 1].copy_(phase, non_blocking=True)
-        events[i % 2].record()
+        now, before = i % 2, (i + 1) % 2
+        seen[now : now + 1].copy_(phase, non_blocking=True)
+        events[now].record(stream)
         if i > 0:
-            events[1 - i % 2].synchronize()
-            if seen[1 - i % 2] >= DONE:
+            events[before].synchronize()
+            if seen[before] >= DONE:
                 break
-    torch.cuda.current_stream(phase.device).synchronize()  # before the graph goes
+    wait(phase.device)  # before the graph goes
 
 
 @torch.no_grad()
@@ -229,6 +248,7 @@ def forward(
     numbers, device, (samples, features) = times.tolist(), x.device, x.shape
     tangents, size = traces.shape[1], samples * (features + traces.shape[1] + energies.shape[1])
     weight = 1.0 if exact or not tangents else 1 / tangents  # of a probe
+    points = [] if adaptive else plain.grid(numbers, step_size, max_steps)
     doubles = functools.partial(torch.tensor, dtype=torch.float64, device=device)
     state = State(
         y=x.new_zeros(size),
@@ -242,7 +262,7 @@ def forward(
         errors=torch.zeros(samples, dtype=torch.float64, device=device),
         method=doubles(method),
         times=doubles(numbers),
-        grid=None if adaptive else doubles(plain.grid(numbers, step_size, max_steps)),
+        grid=None if adaptive else doubles(points),
         values=values, traces=traces, energies=energies, steps=steps, counts=counts, states=states,
         tolerances=doubles((rtol, atol, weight)), order=int(method[1]), fsal=fsal, max_steps=max_steps,
     )  # fmt: skip
@@ -273,8 +293,8 @@ def forward(
             turn(0, 1)
         if adaptive:
             turn(1, 2)
-        phase = state.control[PHASE : PHASE + 1]
-        _until_done(functools.partial(turn, fsal, stages), phase, max_steps + 1)
+        most = max_steps if adaptive else len(points) - 1
+        until_done(functools.partial(turn, int(fsal), stages), state.control[PHASE : PHASE + 1], most)
     found = state.control.cpu()
     if found[PHASE] > DONE:
         t, h = found[: H + 1].view(torch.float64).tolist()

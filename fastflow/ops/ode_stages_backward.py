@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from fastflow.ops.ode_stages import EAGER, Kernels, Net, parts, recorded
+from fastflow.ops.ode_stages import EAGER, Kernels, Net, parts, recorded, wait
 
 __all__ = ["backward"]
 
@@ -77,14 +77,14 @@ def backward(
     values, of_stages = (flat.view(stages, samples, features) for flat in (slopes, gstages))
     g = x.new_empty((samples, 1 + tangents, features))
 
-    def ahead() -> None:
+    def ahead() -> None:  # a step of the values alone
         layers = alone.at(nodes)
         for i in range(needed):
             kernels.combine(y, slopes[:i], weights[i, :i], alone.rows[0, :, 0])
             alone.forward(layers, i, values[i], traces[:0])
         kernels.combine(y, slopes[:needed], weights[stages, :needed], y.view(samples, features))
 
-    def back(count: int) -> None:
+    def back(count: int) -> None:  # through the first `count` stages
         layers = net.at(nodes)
         for i in range(count):
             kernels.combine(y, slopes[:i], weights[i, :i], net.rows[i, :, 0])
@@ -140,11 +140,10 @@ def backward(
         for i in step.outputs:
             gstate += goutputs[i - 1]
         often(back, count)()
-    at_start = [i for i in range(1, len(numbers)) if numbers[i] == numbers[0]]
     gx.copy_(after.x)
-    for i in at_start:
-        gx += gvalues[i - 1]
+    for g, time in zip(gvalues, numbers[1:], strict=True):
+        if time == numbers[0]:
+            gx += g
     for total, gparam in zip(totals, gparams, strict=True):
         gparam.copy_(total)
-    if device.type == "cuda":
-        torch.cuda.current_stream(device).synchronize()  # before the graphs go
+    wait(device)  # before the graphs go
