@@ -19,11 +19,11 @@ FF_D void ode_combine(const Combine& a) {
   const int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   if (i >= a.samples * a.width) return;
   const T *slopes = reinterpret_cast<const T*>(a.slopes) + i, *weights = reinterpret_cast<const T*>(a.weights);
-  T sum = reinterpret_cast<const T*>(a.base)[i];
+  T sum = T(0);
   for (int64_t j = 0; j < a.count; ++j)
     if (weights[j] != T(0)) sum += weights[j] * slopes[j * a.stride];
   const int64_t b = quotient(i, a.width);
-  a.out.at<T>(b, i - b * a.width) = sum;
+  a.out.at<T>(b, i - b * a.width) = reinterpret_cast<const T*>(a.base)[i] + sum;
 }
 
 struct Stages {
@@ -65,9 +65,10 @@ FF_D Quantities quantities(const State<T>& o, const Control& c, int64_t i) {
   const int s = o.method.stages;
   if (c.phase == kSlope) return {double(y), double(o.slope(0, i)), double(y), double(y)};
   if (c.phase == kGuess) return {double(o.slope(1, i) - o.slope(0, i)), 0, double(y), double(y)};
-  T end = y;
+  T sum = T(0);
   for (int j = 0; j < s; ++j)
-    if (o.weights[s * s + j] != T(0)) end += o.weights[s * s + j] * o.slope(j, i);
+    if (o.weights[s * s + j] != T(0)) sum += o.weights[s * s + j] * o.slope(j, i);
+  const T end = y + sum;
   o.ends[i] = end;
   double error = double(end - end);  // 0, or not a number
   if (!o.a.grid)                     // these nearly cancel
@@ -185,8 +186,9 @@ FF_D void ode_apply(const Stages& a) {
     T value = end;
     const double theta = v.accepted ? (reinterpret_cast<const double*>(a.times)[time] - v.t) / v.h : 1;
     if (theta < 1) {
-      value = y;
-      for (int j = 0; j < o.method.stages; ++j) value += T(v.h * o.method.dense(j, theta)) * o.slope(j, i);
+      T sum = T(0);
+      for (int j = 0; j < o.method.stages; ++j) sum += T(v.h * o.method.dense(j, theta)) * o.slope(j, i);
+      value = y + sum;
     }
     if (i < x)
       reinterpret_cast<T*>(a.values)[(time - 1) * x + i] = value;
