@@ -7,6 +7,7 @@ import torch
 import fastflow
 from fastflow import ops
 from fastflow.ops.cuda import ode as launches
+from fastflow.ops.cuda import ode_adjoint
 
 pytestmark = [
     pytest.mark.skipif(emulation.CXX is None, reason="no C++ compiler"),
@@ -49,7 +50,7 @@ def constants(monkeypatch):
     """Sets constants of the launches; what was planned with others is forgotten."""
 
     def forget():
-        for kernel in (launches._forward, launches._backward):
+        for kernel in (launches._forward, launches._backward, ode_adjoint._adjoint):
             for cell in kernel.__closure__:
                 if isinstance(cell.cell_contents, dict):
                     cell.cell_contents.clear()
@@ -85,8 +86,30 @@ def test_what_does_not_fit_is_refused(constants):
         ops.mlp_ode(X, (0.0, 1.0), net(3, 9, 3), layer="concat_squash", exact=True, backend="cuda")
 
 
-def test_the_adjoint_is_the_reference_s():
-    """After a solve by the kernels."""
+ADJOINTS = {
+    "batch": {"times": (0.0, 0.4, 0.4, 1.5), "exact": True, "regularize": True, "rtol": 1e-5, "atol": 1e-6},
+    "per sample": {"times": (1.0, 0.2, -0.3), "per_sample": True, "exact": True, "rtol": 1e-5, "atol": 1e-6},
+    "fixed": {"times": (0.0, 0.5, 1.2), "method": "rk4", "step_size": 0.4, "regularize": True},
+    "value": {"method": "bosh3", "rtol": 1e-4, "atol": 1e-4},
+}
+
+
+@pytest.mark.parametrize("name", ADJOINTS)
+def test_the_adjoint(constants, monkeypatch, name):
+    """Several samples in a tile, several tiles of a block, several outputs."""
+    constants(TILES=1, TILE=2, BLOCKS=3)
+    plain, called = ops.ode.adjoint, []
+    monkeypatch.setattr(ops.ode, "adjoint", lambda *given: called.append(1) or plain(*given))
+    options = dict(ADJOINTS[name])
+    if "regularize" in options and "exact" not in options:
+        options["probes"] = torch.randn(2, *X.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    both(X, net(3, 6, 3), gradient="adjoint", **options)
+    assert len(called) == 1  # the reference
+
+
+def test_an_adjoint_that_does_not_fit(constants, monkeypatch):
+    """Plain PyTorch does it, after a solve by the kernels."""
+    monkeypatch.setattr(ode_adjoint, "fits", lambda *_: False)
     both(X, net(3, 4, 3), gradient="adjoint", exact=True, rtol=1e-6, atol=1e-6)
 
 

@@ -84,7 +84,7 @@ def _case(
         orders=_orders,
         # adaptive steps move with the inputs; finite differences through hundreds of wide units would take minutes
         derivatives=0 if METHODS[method].error and "step_size" not in options or wide or "gradient" in options else 2,
-        backends=("cpu", "reference") if options.get("gradient") == "adjoint" else ("cpu", "cuda", "reference"),
+        backends=("cpu", "cuda", "reference"),
         selftest=selftest,
     )
 
@@ -93,7 +93,7 @@ def cases() -> Iterator[Case]:
     yield _case("dopri5", "concat", "tanh", None, selftest=True)
     yield _case("dopri5", "concat_squash", "softplus", 1, (1.0, 0.4, 0.1, 0.1, -0.5), regularize=True, selftest=True)
     yield _case("dopri5", "concat_squash", "tanh", 3, (0.0, 1.0), per_sample=True, regularize=True)
-    yield _case("dopri5", "concat", "softplus", 2, (0.0, 0.6), gradient="adjoint", regularize=True)
+    yield _case("dopri5", "concat", "softplus", 2, (0.0, 0.6), gradient="adjoint", regularize=True, selftest=True)
     yield _case("rk4", "concat_squash", "tanh", None, (1.0, 0.5, 0.0), per_sample=True, gradient="adjoint")
     yield _case("dopri5", "ignore", "elu", 0)
     yield _case("dopri5", "concat_squash", "tanh", 1, wide=True, selftest=True)

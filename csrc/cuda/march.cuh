@@ -1,0 +1,388 @@
+// Steps in time of a tile of samples, whatever their state is made of: control, norms, and the two kinds of launches.
+// With fixed steps or control per sample a block goes through all steps of its tiles; where the whole batch decides on
+// a step, a launch takes one, and every block adds up what all left of the launch before, in the same order, so that
+// all decide alike. Nothing waits for the host.
+//
+// A system derives from March<T> and has, as functions that take it,
+//
+//   begin(o)                             the state at the first time; a barrier follows
+//   evaluate(o, stage, weights, node)    slope(stage) at t + node h and y + h sum_j weights[j] slope(j); a barrier
+//   follows squared(o, row)                      is the error of this row one by itself? add_up(o, s, other, sums) the
+//   means of a sample's errors, up to four, that control compares apply(o)                             what follows of
+//   the verdicts; ends with advance() of all rows and a barrier
+#pragma once
+
+#include "ode.cuh"
+
+namespace fastflow {
+
+enum Phase : int64_t { kBegin, kSlope, kGuess, kStep, kDone, kNotFinite, kUnderflow, kTooMany };
+
+constexpr int kNorms = 8;  // sums of the batch: up to four parts of the state, of one or two quantities
+
+// Who decides on steps, and how far it is.
+struct Control {
+  double t, h;   // where the state is, and the step to try
+  double slope;  // norm of the first slope
+  int64_t phase, evaluations, accepted, rejected;
+  int64_t next;     // of the times to reach
+  int64_t spacing;  // steps between the states that are kept
+};
+
+// What becomes of the step that was tried.
+struct Verdict {
+  double t, h;
+  int64_t accepted;
+  int64_t first, last;    // the times [first, last) are reached
+  int64_t slot, thinned;  // of the kept states: where this one goes, or -1; was every other one dropped before?
+};
+
+struct MarchPlaces {  // in shared memory, bytes
+  int64_t y, ends, slopes, table, errors, sums, controls, verdicts, phase;
+};
+
+struct StepControl {
+  double rtol, atol;
+  int64_t adaptive, max_steps;
+  char* grid;                       // of fixed steps: where they begin and end
+  char* status;                     // [B, 5]: phase at the end, t, attempt, h, error
+  char *state, *control, *partial;  // of the whole batch: what a launch leaves to the next
+  int64_t tiles, blocks, turn;      // turn: 0 or 1, a launch reads what the other has written
+};
+
+// The state is `rows` numbers of every sample.
+template <class T>
+struct March {
+  using Number = T;
+  const Ode& ode;
+  const StepControl& how;
+  NetTile<T> net;
+  Tableau method;
+  T *y, *ends, *slopes, *table;
+  double *errors, *sums;
+  Control* controls;
+  Verdict* verdicts;
+  int64_t* phase;  // of the tile
+  int features, tangents, rows, samples;
+  int64_t begin;  // first sample of the tile
+  double sign;    // of time
+
+  FF_D March(const Ode& ode_, const StepControl& how_, const MarchPlaces& p, const NetTile<T>& net_, int rows_,
+             unsigned char* shared)
+      : ode(ode_), how(how_), net(net_), method(reinterpret_cast<const double*>(ode_.method)) {
+    y = reinterpret_cast<T*>(shared + p.y), ends = reinterpret_cast<T*>(shared + p.ends);
+    slopes = reinterpret_cast<T*>(shared + p.slopes), table = reinterpret_cast<T*>(shared + p.table);
+    errors = reinterpret_cast<double*>(shared + p.errors), sums = reinterpret_cast<double*>(shared + p.sums);
+    controls = reinterpret_cast<Control*>(shared + p.controls);
+    verdicts = reinterpret_cast<Verdict*>(shared + p.verdicts);
+    phase = reinterpret_cast<int64_t*>(shared + p.phase);
+    features = int(ode.net.features), tangents = int(ode.net.tangents), samples = int(ode.tile);
+    rows = rows_;
+    begin = int64_t(blockIdx.x) * samples;
+    sign = ode.time(ode.count) < ode.time(0) ? -1 : 1;
+    // a and b in T, and the one weight of an Euler step
+    const int n = method.stages * (method.stages + 1);
+    for (int i = threadIdx.x; i <= n; i += kThreads) table[i] = i < n ? T(method.a[i]) : T(1);
+  }
+  FF_D int64_t global(int s) const { return smaller(begin + s, ode.samples - 1); }
+  FF_D bool valid(int s) const { return begin + s < ode.samples; }
+  FF_D T& slope(int stage, int row, int s) const { return slopes[(stage * rows + row) * samples + s]; }
+  FF_D double grid(int64_t i) const { return reinterpret_cast<const double*>(how.grid)[i]; }
+  FF_D const T* coefficients(int stage) const {
+    return table + stage * method.stages;
+  }  // of the last but one: of the end
+  // h sum_i weights[i] slope(i)
+  FF_D T combine(int stages, T h, const T* weights, int row, int s) const {
+    T sum = T(0);
+    for (int i = 0; i < stages; ++i)
+      if (weights[i] != T(0)) sum += weights[i] * slope(i, row, s);
+    return h * sum;
+  }
+  // the part of the step that was accepted which lies before `time`
+  FF_D double part(int s, double time) const { return (time - verdicts[s].t) / verdicts[s].h; }
+  // the state at `time`, which the step that was accepted has reached, or at the beginning of all
+  FF_D T at(double time, int row, int s) const {
+    const Verdict& v = verdicts[s];
+    T value = y[row * samples + s];
+    if (!v.accepted) return value;
+    const double theta = part(s, time);
+    if (!(theta < 1)) return ends[row * samples + s];
+    for (int j = 0; j < method.stages; ++j) value += T(v.h * method.dense(j, theta)) * slope(j, row, s);
+    return value;
+  }
+  FF_D double scale(T u, T v) const { return how.atol + how.rtol * most(double(abs(u)), double(abs(v))); }
+};
+
+// Behind the step where it was accepted.
+template <class T>
+FF_D void advance(const March<T>& o, int row, int s) {
+  if (!o.verdicts[s].accepted) return;
+  o.y[row * o.samples + s] = o.ends[row * o.samples + s];
+  if (o.method.fsal) o.slope(0, row, s) = o.slope(o.method.stages - 1, row, s);
+}
+
+// --- norms --------------------------------------------------------------------------------------------------
+
+FF_D double over(double error, double scale) { return error == 0 ? 0 : error / scale; }
+
+// From `which` on of the sums of a sample: squares of quantity(row, s) over the tolerance for y and other(row, s)
+template <class S, class Q, class O>
+FF_D void norms(const S& o, int which, const Q& quantity, const O& other) {
+  each(o.net, o.rows, [&](int row, int s) {
+    const double e = quantity(row, s), error = over(e, o.scale(o.y[row * o.samples + s], other(row, s)));
+    o.errors[row * o.samples + s] = squared(o, row) ? error * error : e;
+  });
+  each(o.net, 1, [&](int, int s) { add_up(o, s, other, o.sums + s * kNorms + which); });
+}
+
+// The larger, and what is not a number
+FF_D double larger(double a, double b) { return a != a || a >= b ? a : b; }
+
+// The largest of the roots of the means over n samples
+FF_D double norm(const double* sums, int64_t n) {
+  double found = sums[0] / double(n);
+  for (int k = 1; k < kNorms / 2; ++k) found = larger(found, sums[k] / double(n));
+  return ::sqrt(found);
+}
+
+// --- control ------------------------------------------------------------------------------------------------
+
+// Is the state kept from which step `accepted` goes on?
+FF_D void keep_state(const Ode& o, Control& c, Verdict& v) {
+  if (o.checkpoints == 0) return;
+  if (full(c.accepted, c.spacing, o.checkpoints)) c.spacing *= 2, v.thinned = 1;
+  v.slot = slot(c.accepted, c.spacing);
+}
+
+// The times up to t
+FF_D void reach(const Ode& o, double t, double sign, Control& c, Verdict& v) {
+  v.first = c.next;
+  while (c.next <= o.count && sign * o.time(c.next) <= sign * t) ++c.next;
+  v.last = c.next;
+  if (c.next > o.count) c.phase = kDone;
+}
+
+// What a turn found, sums over n samples, and what follows of it. Writes the step where there is place for it.
+template <class T>
+FF_D void decide(const March<T>& o, Control& c, Verdict& v, const double* sums, int64_t n, double* steps) {
+  const Ode& ode = o.ode;
+  const StepControl& a = o.how;
+  v.accepted = 0, v.first = v.last = 1, v.slot = -1, v.thinned = 0;
+  if (c.phase == kBegin) {
+    c.t = ode.time(0), c.h = 0, c.next = 1, c.spacing = 1;
+    c.evaluations = c.accepted = c.rejected = 0;
+    reach(ode, c.t, o.sign, c, v);
+    if (c.phase == kDone) return;
+    keep_state(ode, c, v);
+    c.phase = a.adaptive || o.method.fsal ? kSlope : kStep;
+    if (!a.adaptive) c.h = o.grid(1) - o.grid(0);
+  } else if (c.phase == kSlope) {
+    c.evaluations += 1;
+    c.phase = kStep;
+    if (!a.adaptive) return;
+    const double state = norm(sums, n);
+    c.slope = norm(sums + kNorms / 2, n);
+    c.h = state == state ? o.sign * trial_step(state, c.slope) : 0;
+    c.phase = state == state ? kGuess : kNotFinite;
+  } else if (c.phase == kGuess) {
+    c.evaluations += 1;
+    const double trial = o.sign * c.h;
+    c.h = o.sign * first_step(trial, c.slope, norm(sums, n) / trial, o.method.order);
+    c.phase = c.t + c.h == c.t ? kUnderflow : kStep;
+  } else if (c.phase == kStep) {
+    c.evaluations += o.method.stages - (o.method.fsal ? 1 : 0);
+    const double error = norm(sums, n);  // of fixed steps: 0, or not a number
+    if (error <= 1) {
+      if (steps) steps[2 * ode.controls * c.accepted] = c.t, steps[2 * ode.controls * c.accepted + 1] = c.h;
+      v.t = c.t, v.h = c.h, v.accepted = 1;
+      ++c.accepted;
+      c.t = a.adaptive ? c.t + c.h : o.grid(c.accepted);
+      reach(ode, c.t, o.sign, c, v);
+      if (c.phase == kDone) return;
+      keep_state(ode, c, v);
+    } else {
+      ++c.rejected;
+    }
+    if (!a.adaptive) {
+      if (v.accepted)
+        c.h = o.grid(c.accepted + 1) - o.grid(c.accepted);
+      else
+        c.phase = kNotFinite, c.t += c.h, --c.rejected;
+      return;
+    }
+    c.h *= growth(error, o.method.order);
+    // near an overflow the steps could shrink without end: below the rounding of the state it is given up
+    const double finest = (sizeof(T) == 4 ? 0x1p-23 : 0x1p-52) * o.sign * (ode.time(ode.count) - ode.time(0));
+    const bool stuck = c.t + c.h == c.t || (!finite(error) && o.sign * c.h < finest);
+    if (stuck || c.accepted + c.rejected >= a.max_steps)
+      c.phase = !finite(error) ? kNotFinite : stuck ? kUnderflow : kTooMany;
+  }
+}
+
+// A turn of the tile: slopes, and the sums that decide.
+template <class S>
+FF_D void work(const S& o, int64_t phase) {
+  using T = typename S::Number;
+  const int stages = o.method.stages;
+  const T *const of_end = o.coefficients(stages), *const one = of_end + stages;
+  const int first = phase == kGuess || (phase == kStep && o.method.fsal);
+  for (int i = first; i < (phase == kStep ? stages : first + 1); ++i)
+    evaluate(o, i, phase == kGuess ? one : o.coefficients(i), phase == kGuess ? 1 : o.method.c[i]);
+  if (phase == kSlope && !o.how.adaptive) return;
+  const auto start = [&](int row, int s) { return o.y[row * o.samples + s]; };
+  if (phase == kSlope) norms(o, kNorms / 2, [&](int row, int s) { return o.slope(0, row, s); }, start);
+  each(o.net, o.rows, [&](int row, int s) {
+    T& end = o.ends[row * o.samples + s];
+    end = start(row, s);
+    if (phase == kStep) end += o.combine(stages, T(o.controls[s].h), of_end, row, s);
+  });
+  const auto end = [&](int row, int s) { return o.ends[row * o.samples + s]; };
+  norms(
+      o, 0,
+      [&](int row, int s) {
+        if (phase == kSlope) return double(start(row, s));
+        if (phase == kGuess) return double(o.slope(1, row, s) - o.slope(0, row, s));
+        double error = double(end(row, s) - end(row, s));  // 0, or not a number
+        if (o.how.adaptive)                                // these nearly cancel
+          for (int i = 0; i < stages; ++i)
+            if (o.method.error[i] != 0) error += o.controls[s].h * o.method.error[i] * double(o.slope(i, row, s));
+        return error;
+      },
+      end);
+  const int s = int(threadIdx.x);
+  if (phase == kSlope && s < o.samples) {  // is all finite?
+    T sum = T(0);
+    for (int row = 0; row < o.rows; ++row) {
+      const T value = start(row, s), slope = o.slope(0, row, s);
+      sum += (value - value) + (slope - slope);
+    }
+    if (!(sum == T(0))) o.sums[s * kNorms] = not_a_number<double>();
+  }
+}
+
+// --- launches -----------------------------------------------------------------------------------------------
+
+// The phase of the tile: all that are not through are in the same.
+template <class T>
+FF_D int64_t agree(const March<T>& o) {
+  if (threadIdx.x == 0) {
+    int64_t phase = kDone;
+    for (int s = 0; s < o.samples; ++s)
+      if (o.valid(s)) phase = smaller(phase, o.controls[s].phase);
+    *o.phase = phase;
+  }
+  __syncthreads();
+  return *o.phase;
+}
+
+// How a sample ended.
+template <class T>
+FF_D void report(const March<T>& o, const Control& c, int64_t b) {
+  double* const status = reinterpret_cast<double*>(o.how.status) + b * 5;
+  status[0] = double(c.phase), status[1] = c.t, status[2] = double(c.accepted + c.rejected + 1), status[3] = c.h;
+}
+
+FF_D void count(const Ode& o, const Control& c, int64_t number) {
+  int64_t* const counts = reinterpret_cast<int64_t*>(o.counts) + number * 4;
+  counts[0] = c.evaluations, counts[1] = c.accepted, counts[2] = c.rejected, counts[3] = c.spacing;
+}
+
+// Fixed steps, or control per sample: all steps.
+template <class S>
+FF_D void march(S& o) {
+  const int s = int(threadIdx.x);
+  const bool mine = s < o.samples;
+  for (int64_t tile = blockIdx.x; tile < o.how.tiles; tile += o.how.blocks) {
+    o.begin = tile * o.samples;
+    begin(o);
+    const bool writes = mine && o.ode.steps && o.begin + s < o.ode.controls;
+    if (mine) o.controls[s].phase = kBegin;
+    for (;;) {
+      if (mine)
+        decide(o, o.controls[s], o.verdicts[s], o.sums + s * kNorms, 1, writes ? o.ode.step(0, o.begin + s) : nullptr);
+      __syncthreads();
+      apply(o);
+      const int64_t phase = agree(o);
+      if (phase >= kDone) break;
+      work(o, phase);
+      __syncthreads();
+    }
+    if (writes) count(o.ode, o.controls[s], o.begin + s);
+    if (mine && o.valid(s)) report(o, o.controls[s], o.begin + s);
+  }
+}
+
+// What a launch leaves to the next: f(of the tile, of all)
+template <class T, class F>
+FF_D void each_state(const March<T>& o, const F& f) {
+  T* const state = reinterpret_cast<T*>(o.how.state);
+  each(o.net, o.rows * (2 + o.method.stages), [&](int i, int s) {
+    const int of_slopes = i - 2 * o.rows, of_ends = i - o.rows;
+    T& mine = (of_slopes >= 0 ? o.slopes + of_slopes * o.samples
+               : of_ends >= 0 ? o.ends + of_ends * o.samples
+                              : o.y + i * o.samples)[s];
+    f(mine, state[i * o.ode.samples + o.global(s)], s);
+  });
+}
+
+// Control by the whole batch: is all done? What follows is left to the next launch.
+FF_D bool through(const StepControl& how) {
+  Control* const kept = reinterpret_cast<Control*>(how.control);
+  if (kept[how.turn].phase < kDone) return false;
+  if (blockIdx.x == 0 && threadIdx.x == 0) kept[1 - how.turn] = kept[how.turn];
+  return true;
+}
+
+// Control by the whole batch: a step.
+template <class S>
+FF_D void march_step(S& o) {
+  const StepControl& a = o.how;
+  Control* const kept = reinterpret_cast<Control*>(a.control);
+  const int s = int(threadIdx.x);
+  double total[kNorms] = {};
+  const bool begins = kept[a.turn].phase == kBegin;
+  if (!begins) {
+    const double* partial = reinterpret_cast<const double*>(a.partial) + a.turn * a.tiles * kNorms;
+#pragma unroll
+    for (int k = 0; k < kNorms; ++k) {
+      double sum = 0;
+      for (int64_t i = threadIdx.x; i < a.tiles; i += kThreads) sum += partial[i * kNorms + k];
+      total[k] = team_sum(sum, kThreads, o.errors);
+    }
+  }
+  for (int64_t tile = blockIdx.x; tile < a.tiles; tile += a.blocks) {
+    o.begin = tile * o.samples;
+    const bool first = tile == 0 && s == 0;
+    begin(o);
+    if (!begins) each_state(o, [](auto& mine, auto& state, int) { mine = state; });
+    if (s < o.samples) {  // each for itself, all the same
+      o.controls[s] = kept[a.turn];
+      double* const steps = first && o.ode.steps ? o.ode.step(0, 0) : nullptr;
+      decide(o, o.controls[s], o.verdicts[s], total, o.ode.samples, steps);
+      if (first) kept[1 - a.turn] = o.controls[s];
+    }
+    __syncthreads();
+    apply(o);
+    const int64_t phase = agree(o);
+    if (phase >= kDone) {
+      if (first && o.ode.steps) count(o.ode, o.controls[s], 0);
+      if (s < o.samples && o.valid(s)) report(o, o.controls[s], o.begin + s);
+      continue;
+    }
+    work(o, phase);
+    __syncthreads();
+    each_state(o, [&](auto& mine, auto& state, int of) {
+      if (o.valid(of)) state = mine;
+    });
+    if (s < o.samples && o.valid(s))  // whose error is the largest?
+      reinterpret_cast<double*>(a.status)[(o.begin + s) * 5 + 4] = norm(o.sums + s * kNorms, 1);
+    if (s < kNorms) {
+      double sum = 0;
+      for (int i = 0; i < o.samples; ++i)
+        if (o.valid(i)) sum += o.sums[i * kNorms + s];
+      reinterpret_cast<double*>(a.partial)[((1 - a.turn) * a.tiles + tile) * kNorms + s] = sum;
+    }
+  }
+}
+
+}  // namespace fastflow
