@@ -5,11 +5,12 @@
 //
 // A system derives from March<T> and has, as functions that take it,
 //
-//   begin(o)                             the state at the first time; a barrier follows
-//   evaluate(o, stage, weights, node)    slope(stage) at t + node h and y + h sum_j weights[j] slope(j); a barrier
-//   follows squared(o, row)                      is the error of this row one by itself? add_up(o, s, other, sums) the
-//   means of a sample's errors, up to four, that control compares apply(o)                             what follows of
-//   the verdicts; ends with advance() of all rows and a barrier
+//   begin(o)                        the state at the first time; a barrier follows
+//   slopes(o, first, last, guess)   what follows of the verdicts, with advance() of all rows; then slope(i) for first
+//   <= i
+//                                   < last, of the step's stages or of an Euler step's end; a barrier follows
+//   squared(o, row)                 is the error of this row one by itself?
+//   add_up(o, s, other, sums)       the means of a sample's errors, up to four, that control compares
 #pragma once
 
 #include "ode.cuh"
@@ -47,7 +48,7 @@ struct StepControl {
   char* grid;                       // of fixed steps: where they begin and end
   char* status;                     // [B, 5]: phase at the end, t, attempt, h, error
   char *state, *control, *partial;  // of the whole batch: what a launch leaves to the next
-  int64_t tiles, blocks, turn;      // turn: 0 or 1, a launch reads what the other has written
+  int64_t tiles, turn;              // turn: 0 or 1, a launch reads what the other has written
 };
 
 // The state is `rows` numbers of every sample.
@@ -88,9 +89,8 @@ struct March {
   FF_D bool valid(int s) const { return begin + s < ode.samples; }
   FF_D T& slope(int stage, int row, int s) const { return slopes[(stage * rows + row) * samples + s]; }
   FF_D double grid(int64_t i) const { return reinterpret_cast<const double*>(how.grid)[i]; }
-  FF_D const T* coefficients(int stage) const {
-    return table + stage * method.stages;
-  }  // of the last but one: of the end
+  // of a stage; behind those of all stages the end's, and that of an Euler step
+  FF_D const T* coefficients(int stage) const { return table + stage * method.stages; }
   // h sum_i weights[i] slope(i)
   FF_D T combine(int stages, T h, const T* weights, int row, int s) const {
     T sum = T(0);
@@ -219,22 +219,20 @@ FF_D void decide(const March<T>& o, Control& c, Verdict& v, const double* sums, 
   }
 }
 
-// A turn of the tile: slopes, and the sums that decide.
+// A turn of the tile: what was decided, slopes, and the sums that decide.
 template <class S>
 FF_D void work(const S& o, int64_t phase) {
   using T = typename S::Number;
   const int stages = o.method.stages;
-  const T *const of_end = o.coefficients(stages), *const one = of_end + stages;
   const int first = phase == kGuess || (phase == kStep && o.method.fsal);
-  for (int i = first; i < (phase == kStep ? stages : first + 1); ++i)
-    evaluate(o, i, phase == kGuess ? one : o.coefficients(i), phase == kGuess ? 1 : o.method.c[i]);
-  if (phase == kSlope && !o.how.adaptive) return;
+  slopes(o, first, phase >= kDone ? 0 : phase == kStep ? stages : first + 1, phase == kGuess);
+  if (phase >= kDone || (phase == kSlope && !o.how.adaptive)) return;
   const auto start = [&](int row, int s) { return o.y[row * o.samples + s]; };
   if (phase == kSlope) norms(o, kNorms / 2, [&](int row, int s) { return o.slope(0, row, s); }, start);
   each(o.net, o.rows, [&](int row, int s) {
     T& end = o.ends[row * o.samples + s];
     end = start(row, s);
-    if (phase == kStep) end += o.combine(stages, T(o.controls[s].h), of_end, row, s);
+    if (phase == kStep) end += o.combine(stages, T(o.controls[s].h), o.coefficients(stages), row, s);
   });
   const auto end = [&](int row, int s) { return o.ends[row * o.samples + s]; };
   norms(
@@ -287,29 +285,24 @@ FF_D void count(const Ode& o, const Control& c, int64_t number) {
   counts[0] = c.evaluations, counts[1] = c.accepted, counts[2] = c.rejected, counts[3] = c.spacing;
 }
 
-// Fixed steps, or control per sample: all steps.
+// Fixed steps, or control per sample: all steps of a tile.
 template <class S>
-FF_D void march(S& o) {
+FF_D void march(const S& o) {
+  begin(o);
   const int s = int(threadIdx.x);
-  const bool mine = s < o.samples;
-  for (int64_t tile = blockIdx.x; tile < o.how.tiles; tile += o.how.blocks) {
-    o.begin = tile * o.samples;
-    begin(o);
-    const bool writes = mine && o.ode.steps && o.begin + s < o.ode.controls;
-    if (mine) o.controls[s].phase = kBegin;
-    for (;;) {
-      if (mine)
-        decide(o, o.controls[s], o.verdicts[s], o.sums + s * kNorms, 1, writes ? o.ode.step(0, o.begin + s) : nullptr);
-      __syncthreads();
-      apply(o);
-      const int64_t phase = agree(o);
-      if (phase >= kDone) break;
-      work(o, phase);
-      __syncthreads();
-    }
-    if (writes) count(o.ode, o.controls[s], o.begin + s);
-    if (mine && o.valid(s)) report(o, o.controls[s], o.begin + s);
+  const bool mine = s < o.samples, writes = mine && o.ode.steps && o.begin + s < o.ode.controls;
+  if (mine) o.controls[s].phase = kBegin;
+  for (;;) {
+    if (mine)
+      decide(o, o.controls[s], o.verdicts[s], o.sums + s * kNorms, 1, writes ? o.ode.step(0, o.begin + s) : nullptr);
+    __syncthreads();
+    const int64_t phase = agree(o);
+    work(o, phase);
+    if (phase >= kDone) break;
+    __syncthreads();
   }
+  if (writes) count(o.ode, o.controls[s], o.begin + s);
+  if (mine && o.valid(s)) report(o, o.controls[s], o.begin + s);
 }
 
 // What a launch leaves to the next: f(of the tile, of all)
@@ -325,63 +318,64 @@ FF_D void each_state(const March<T>& o, const F& f) {
   });
 }
 
-// Control by the whole batch: is all done? What follows is left to the next launch.
+// Control by the whole batch, how far it was at the launch.
+FF_D Control& kept(const StepControl& how, int64_t turn) { return reinterpret_cast<Control*>(how.control)[turn]; }
+
+// Is all done? What follows is then left to the next launch.
 FF_D bool through(const StepControl& how) {
-  Control* const kept = reinterpret_cast<Control*>(how.control);
-  if (kept[how.turn].phase < kDone) return false;
-  if (blockIdx.x == 0 && threadIdx.x == 0) kept[1 - how.turn] = kept[how.turn];
+  if (kept(how, how.turn).phase < kDone) return false;
+  if (blockIdx.x == 0 && threadIdx.x == 0) kept(how, 1 - how.turn) = kept(how, how.turn);
   return true;
 }
 
-// Control by the whole batch: a step.
-template <class S>
-FF_D void march_step(S& o) {
+// Control by the whole batch: adds up all tiles and decides, every thread for a sample of the block's tiles, all alike.
+template <class T>
+FF_D void decide_together(const March<T>& o) {
   const StepControl& a = o.how;
-  Control* const kept = reinterpret_cast<Control*>(a.control);
-  const int s = int(threadIdx.x);
-  double total[kNorms] = {};
-  const bool begins = kept[a.turn].phase == kBegin;
-  if (!begins) {
-    const double* partial = reinterpret_cast<const double*>(a.partial) + a.turn * a.tiles * kNorms;
+  const double* const partial = reinterpret_cast<const double*>(a.partial) + a.turn * a.tiles * kNorms;
+  const bool begins = kept(a, a.turn).phase == kBegin;  // there is nothing yet
+  double total[kNorms];
 #pragma unroll
-    for (int k = 0; k < kNorms; ++k) {
-      double sum = 0;
-      for (int64_t i = threadIdx.x; i < a.tiles; i += kThreads) sum += partial[i * kNorms + k];
-      total[k] = team_sum(sum, kThreads, o.errors);
-    }
+  for (int k = 0; k < kNorms; ++k) {
+    double sum = 0;
+    for (int64_t i = threadIdx.x; !begins && i < a.tiles; i += kThreads) sum += partial[i * kNorms + k];
+    total[k] = team_sum(sum, kThreads, o.errors);
   }
-  for (int64_t tile = blockIdx.x; tile < a.tiles; tile += a.blocks) {
-    o.begin = tile * o.samples;
-    const bool first = tile == 0 && s == 0;
-    begin(o);
-    if (!begins) each_state(o, [](auto& mine, auto& state, int) { mine = state; });
-    if (s < o.samples) {  // each for itself, all the same
-      o.controls[s] = kept[a.turn];
-      double* const steps = first && o.ode.steps ? o.ode.step(0, 0) : nullptr;
-      decide(o, o.controls[s], o.verdicts[s], total, o.ode.samples, steps);
-      if (first) kept[1 - a.turn] = o.controls[s];
-    }
-    __syncthreads();
-    apply(o);
-    const int64_t phase = agree(o);
-    if (phase >= kDone) {
-      if (first && o.ode.steps) count(o.ode, o.controls[s], 0);
-      if (s < o.samples && o.valid(s)) report(o, o.controls[s], o.begin + s);
-      continue;
-    }
-    work(o, phase);
-    __syncthreads();
-    each_state(o, [&](auto& mine, auto& state, int of) {
-      if (o.valid(of)) state = mine;
-    });
-    if (s < o.samples && o.valid(s))  // whose error is the largest?
-      reinterpret_cast<double*>(a.status)[(o.begin + s) * 5 + 4] = norm(o.sums + s * kNorms, 1);
-    if (s < kNorms) {
-      double sum = 0;
-      for (int i = 0; i < o.samples; ++i)
-        if (o.valid(i)) sum += o.sums[i * kNorms + s];
-      reinterpret_cast<double*>(a.partial)[((1 - a.turn) * a.tiles + tile) * kNorms + s] = sum;
-    }
+  const int s = int(threadIdx.x);
+  const bool first = blockIdx.x == 0 && s == 0;
+  if (s < o.samples) {
+    o.controls[s] = kept(a, a.turn);
+    decide(o, o.controls[s], o.verdicts[s], total, o.ode.samples, first && o.ode.steps ? o.ode.step(0, 0) : nullptr);
+  }
+  if (first) kept(a, 1 - a.turn) = o.controls[s];
+  if (first && o.ode.steps && o.controls[s].phase >= kDone) count(o.ode, o.controls[s], 0);
+  __syncthreads();
+}
+
+// Control by the whole batch: a step of a tile.
+template <class S>
+FF_D void march_step(const S& o, int64_t tile) {
+  const StepControl& a = o.how;
+  const int s = int(threadIdx.x);
+  begin(o);
+  if (kept(a, a.turn).phase != kBegin) each_state(o, [](auto& mine, auto& state, int) { mine = state; });
+  const int64_t phase = o.controls[0].phase;
+  work(o, phase);
+  if (phase >= kDone) {
+    if (s < o.samples && o.valid(s)) report(o, o.controls[s], o.begin + s);
+    return;
+  }
+  __syncthreads();
+  each_state(o, [&](auto& mine, auto& state, int of) {
+    if (o.valid(of)) state = mine;
+  });
+  if (s < o.samples && o.valid(s))  // whose error is the largest?
+    reinterpret_cast<double*>(a.status)[(o.begin + s) * 5 + 4] = norm(o.sums + s * kNorms, 1);
+  if (s < kNorms) {
+    double sum = 0;
+    for (int i = 0; i < o.samples; ++i)
+      if (o.valid(i)) sum += o.sums[i * kNorms + s];
+    reinterpret_cast<double*>(a.partial)[((1 - a.turn) * a.tiles + tile) * kNorms + s] = sum;
   }
 }
 

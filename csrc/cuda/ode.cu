@@ -125,18 +125,25 @@ FF_D void apply(const Solve<T>& o) {
 }
 
 template <class T>
+FF_D void slopes(const Solve<T>& o, int first, int last, bool guess) {
+  apply(o);
+  for (int i = first; i < last; ++i)
+    evaluate(o, i, o.coefficients(guess ? o.method.stages + 1 : i), guess ? 1 : o.method.c[i]);
+}
+
+template <class T>
 FF_D void ode_solve(const OdeForward& a) {
   FF_SHARED(unsigned char, shared);
-  Solve<T> o(a, shared);
-  march(o);
+  march(Solve<T>(a, shared));
 }
 
 template <class T>
 FF_D void ode_step(const OdeForward& a) {
   if (through(a.control)) return;
   FF_SHARED(unsigned char, shared);
-  Solve<T> o(a, shared);
-  march_step(o);
+  const Solve<T> o(a, shared);
+  decide_together(o);
+  march_step(o, blockIdx.x);
 }
 
 }  // namespace fastflow

@@ -22,6 +22,7 @@ struct OdeAdjoint {
   Matrix x, a;      // x at the output; a there, and in the end at the one before
   char* integrals;  // [S + energies, B]: g
   char* partial;    // [blocks, parameters] of double
+  int64_t blocks;
 };
 
 // The state is rows of x and of a.
@@ -56,56 +57,6 @@ FF_D void begin(const Adjoint<T>& o) {
   });
 }
 
-// x at a stage of the step from t becomes the network's input, a the gradient of its value.
-template <class T>
-FF_D void enter(const Adjoint<T>& o, int row, int s, int stage, const T* weights, double node, double t, double h) {
-  T value = o.y[row * o.samples + s];
-  if (h != 0)
-    value += o.combine(stage, T(h), weights, row, s);  // of a step that was refused anything may be in the slopes
-  if (row < o.features)
-    o.net.at(o.input, row, 0, s) = value;
-  else
-    o.net.at(o.g, row - o.features, 0, s) = value;
-  if (row == 0) o.net.times[s] = T(t + node * h);
-}
-
-// Through the network and back, for what was entered: `value` is where f is, the first row of its last layer. Returns
-// where (a, g) . df/dx is, that of the samples times their weights where there are any; with it (a, g) . df/dparams is
-// added to `sums` where these are given.
-template <class T>
-FF_D const T* pull(const Adjoint<T>& o, const T* weights, const T*& value, double* sums) {
-  T* const out = net_keep(o.net, o.tangents, o.input, o.kept);
-  const int D = o.features, S = o.tangents;
-  const T twice = T(-2 * o.sign);  // the energies grow with |dt|, and time runs back here
-  each(o.net, D * (1 + S), [&](int i, int s) {
-    const int r = i / D, d = i - r * D;
-    const T* const of = o.integrals + s;
-    T& g = o.net.at(o.g, d, r, s);
-    T sum = r == 0 ? g : of[(r - 1) * o.samples] * o.net.at(o.input, d, r, s);
-    if (o.ode.energies) {
-      const T weight = r == 0 ? T(1) : o.ode.template weight_of_probes<T>();
-      sum += twice * weight * of[(S + (r > 0)) * o.samples] * o.net.at(out, d, r, s);
-    }
-    g = weights ? weights[s] * sum : sum;
-  });
-  value = out;
-  return net_bwd(o.net, o.input, o.kept, o.g, o.other, o.of_units, sums);
-}
-
-template <class T>
-FF_D void evaluate(const Adjoint<T>& o, int stage, const T* weights, double node) {
-  each(o.net, o.rows, [&](int row, int s) {
-    const Control& c = o.controls[s];
-    enter(o, row, s, stage, weights, node, c.t, c.h);
-  });
-  const T* value;
-  const T* const gradient = pull(o, static_cast<const T*>(nullptr), value, static_cast<double*>(nullptr));
-  each(o.net, o.rows, [&](int row, int s) {
-    o.slope(stage, row, s) =
-        row < o.features ? value[row * o.net.stride + s] : -gradient[(row - o.features) * o.net.stride + s];
-  });
-}
-
 template <class T>
 FF_D bool squared(const Adjoint<T>&, int) {
   return true;
@@ -120,35 +71,27 @@ FF_D void add_up(const Adjoint<T>& o, int s, const O&, double* sums) {
   sums[0] = of_x / double(o.features), sums[1] = of_a / double(o.features), sums[2] = sums[3] = 0;
 }
 
-// The parameters' integral over the steps that were accepted.
+// What (a, g) at the stages of the step count for in the parameters' integral: nothing where it was not accepted.
 template <class T>
-FF_D void integrate(const Adjoint<T>& o) {
-  double* const sums = reinterpret_cast<double*>(o.given.partial) + int64_t(blockIdx.x) * o.ode.net.size;
-  const double end = o.ode.time(1);
+FF_D void weigh(const Adjoint<T>& o) {
   each(o.net, o.method.stages, [&](int stage, int s) {
     const Verdict& v = o.verdicts[s];
-    T weight = T(0);
-    if (v.accepted && o.valid(s)) weight = T(-v.h * o.method.dense(stage, v.last > v.first ? o.part(s, end) : 1));
-    o.weights[stage * o.samples + s] = weight;
+    const double theta = v.last > v.first ? o.part(s, o.ode.time(1)) : 1;
+    o.weights[stage * o.samples + s] = v.accepted && o.valid(s) ? T(-v.h * o.method.dense(stage, theta)) : T(0);
   });
-  for (int stage = 0; stage < o.method.stages; ++stage) {
-    const T* const weights = o.weights + stage * o.samples;
-    bool any = false;  // all threads find it alike
-    for (int s = 0; s < o.samples; ++s) any |= weights[s] != T(0);
-    if (!any) continue;
-    each(o.net, o.rows, [&](int row, int s) {
-      const Verdict& v = o.verdicts[s];
-      enter(o, row, s, stage, o.coefficients(stage), o.method.c[stage], v.accepted ? v.t : o.controls[s].t,
-            v.accepted ? v.h : 0);
-    });
-    const T* value;
-    pull(o, weights, value, sums);
-  }
 }
 
+// Does the stage count for anything in the tile?
+template <class T>
+FF_D bool counts(const Adjoint<T>& o, int stage) {
+  bool any = false;
+  for (int s = 0; s < o.samples; ++s) any |= o.weights[stage * o.samples + s] != T(0);
+  return any;
+}
+
+// a where the other output was reached, and the new state.
 template <class T>
 FF_D void apply(const Adjoint<T>& o) {
-  integrate(o);
   each(o.net, o.rows, [&](int row, int s) {
     const Verdict& v = o.verdicts[s];
     if (row >= o.features && v.last > v.first && o.valid(s))
@@ -157,11 +100,74 @@ FF_D void apply(const Adjoint<T>& o) {
   });
 }
 
+// x at a stage of the step h from t becomes the network's input, a the gradient of its value.
+template <class T>
+FF_D void enter(const Adjoint<T>& o, int row, int s, int stage, const T* weights, double t, double h) {
+  T value = o.y[row * o.samples + s];
+  if (h != 0) value += o.combine(stage, T(h), weights, row, s);
+  if (row < o.features)
+    o.net.at(o.input, row, 0, s) = value;
+  else
+    o.net.at(o.g, row - o.features, 0, s) = value;
+  if (row == 0) o.net.times[s] = T(t);
+}
+
+// The gradient (a, g) of the last layer's rows `out`, times the samples' weights where there are any.
+template <class T>
+FF_D void seed(const Adjoint<T>& o, const T* weights, T* out) {
+  const int D = o.features, S = o.tangents;
+  const T twice = T(-2 * o.sign);  // the energies grow with |dt|, and time runs back here
+  each(o.net, D * (1 + S), [&](int i, int s) {
+    const int r = i / D, d = i - r * D;
+    const T* const of = o.integrals + s;
+    T& g = o.net.at(o.g, d, r, s);
+    T sum = r == 0 ? g : of[(r - 1) * o.samples] * o.net.at(o.input, d, r, s);
+    if (o.ode.energies) {
+      const T weight = r == 0 ? T(1) : o.ode.template weight_of_probes<T>();
+      sum += twice * weight * of[(S + (r > 0)) * o.samples] * o.net.at(out, d, r, s);
+    }
+    g = weights ? weights[s] * sum : sum;
+  });
+}
+
+// Through the stages of the step that was accepted, for the parameters, and then through those of the next one.
+template <class T>
+FF_D void slopes(const Adjoint<T>& o, int first, int last, bool guess) {
+  const int stages = o.method.stages;
+  weigh(o);
+  for (int i = -stages; i <= last; ++i) {
+    if (i == 0) apply(o);
+    const bool integrates = i < 0;
+    const int stage = integrates ? i + stages : i;
+    if (integrates ? !counts(o, stage) : i == last || i < first) continue;
+    each(o.net, o.rows, [&](int row, int s) {
+      const Control& c = o.controls[s];
+      const Verdict& v = o.verdicts[s];
+      const bool moved = integrates && v.accepted;  // else anything may be in the slopes
+      const bool trial = guess && !integrates;
+      const double t = moved ? v.t : c.t, h = moved ? v.h : integrates ? 0 : c.h;
+      enter(o, row, s, stage, o.coefficients(trial ? stages + 1 : stage), t + (trial ? 1 : o.method.c[stage]) * h, h);
+    });
+    T* const out = net_keep(o.net, o.tangents, o.input, o.kept);
+    seed(o, integrates ? o.weights + stage * o.samples : nullptr, out);
+    double* const shares = reinterpret_cast<double*>(o.given.partial) + int64_t(blockIdx.x) * o.ode.net.size;
+    const T* const found = net_bwd(o.net, o.input, o.kept, o.g, o.other, o.of_units, integrates ? shares : nullptr);
+    if (integrates) continue;
+    each(o.net, o.rows, [&](int row, int s) {
+      o.slope(stage, row, s) =
+          row < o.features ? out[row * o.net.stride + s] : -found[(row - o.features) * o.net.stride + s];
+    });
+  }
+}
+
 template <class T>
 FF_D void ode_adjoint_solve(const OdeAdjoint& a) {
   FF_SHARED(unsigned char, shared);
   Adjoint<T> o(a, shared);
-  march(o);
+  for (int64_t tile = blockIdx.x; tile < a.control.tiles; tile += a.blocks) {
+    o.begin = tile * o.samples;
+    march(o);
+  }
 }
 
 template <class T>
@@ -169,7 +175,11 @@ FF_D void ode_adjoint_step(const OdeAdjoint& a) {
   if (through(a.control)) return;
   FF_SHARED(unsigned char, shared);
   Adjoint<T> o(a, shared);
-  march_step(o);
+  decide_together(o);
+  for (int64_t tile = blockIdx.x; tile < a.control.tiles; tile += a.blocks) {
+    o.begin = tile * o.samples;
+    march_step(o, tile);
+  }
 }
 
 }  // namespace fastflow

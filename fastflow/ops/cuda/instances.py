@@ -23,7 +23,7 @@ RESIDENT = {
     "ode_step": 2,
     "ode_bwd": 2,
     "ode_adjoint_solve": 1,
-    "ode_adjoint_step": 1,
+    "ode_adjoint_step": 2,
 }
 
 

@@ -101,11 +101,11 @@ def _ode(net: Network, probes, checkpoints: int, controls: int, times, x, tile: 
     return [*fields, Address(1), Address(2), *([NULL] * 4 if probes is None else [Address(3), *probes.stride()])]
 
 
-def _control(first: int, grid, batched: bool, tiles: int, blocks: int, rtol: float, atol: float, max_steps: int):  # noqa: ANN001, ANN201
+def _control(first: int, grid, batched: bool, tiles: int, rtol: float, atol: float, max_steps: int):  # noqa: ANN001, ANN201
     """struct StepControl: arguments from ``first`` on are the grid, status, state, control, partial sums, the turn."""
     fields = [rtol, atol, int(grid is None), max_steps, NULL if grid is None else Address(first), Address(first + 1)]
     whole = [Address(first + i) for i in (2, 3, 4)] if batched else [NULL] * 3
-    return [*fields, *whole, tiles, blocks, Value(first + 5) if batched else 0]
+    return [*fields, *whole, tiles, Value(first + 5) if batched else 0]
 
 
 def _march(launch: Callable[..., None], x: Tensor, rows: int, stages: int, batched: bool, max_steps: int) -> None:
@@ -142,7 +142,7 @@ def _forward(
     tiles, batched = -(-x.shape[0] // tile), kept is not None
     fields = _ode(net, probes, states.shape[0], steps.shape[1], times, x, tile, copied, energies.shape[1], exact)
     fields += [Address(4), Address(5), Address(6)]
-    fields += _control(11, grid, batched, tiles, tiles, rtol, atol, max_steps)
+    fields += _control(11, grid, batched, tiles, rtol, atol, max_steps)
     fields += [*places.starts, Address(7), *x.stride(), Address(8), Address(9), Address(10)]
     kernel = "ode_step" if batched else "ode_solve"
     return Plan([Launch(Instance("ode", kernel, "OdeForward", (accumulates(x),)), tiles, fields, places.bytes)])

@@ -55,8 +55,8 @@ def _adjoint(
     tile, copied, places = _tile(functools.partial(_places, *sizes), value.shape[0])
     tiles, batched = -(-value.shape[0] // tile), kept is not None
     fields = _ode(net, probes, 0, controls, times, value, tile, copied, energies, exact)
-    fields += [NULL, NULL, NULL, *_control(8, grid, batched, tiles, blocks, rtol, atol, max_steps)]
-    fields += [*places.starts, Address(4), *value.stride(), Address(5), *a.stride(), Address(6), Address(7)]
+    fields += [NULL, NULL, NULL, *_control(8, grid, batched, tiles, rtol, atol, max_steps)]
+    fields += [*places.starts, Address(4), *value.stride(), Address(5), *a.stride(), Address(6), Address(7), blocks]
     kernel = "ode_adjoint_step" if batched else "ode_adjoint_solve"
     instance = Instance("ode_adjoint", kernel, "OdeAdjoint", (accumulates(value),))
     return Plan([Launch(instance, blocks, fields, places.bytes)])
