@@ -113,6 +113,19 @@ def test_an_adjoint_that_does_not_fit(constants, monkeypatch):
     both(X, net(3, 4, 3), gradient="adjoint", exact=True, rtol=1e-6, atol=1e-6)
 
 
+def test_an_adjoint_that_fails():
+    """Its own solve needs more steps than the one before it, and says so as the reference does."""
+    messages = []
+    for backend in ("cuda", "reference"):
+        x = X.clone().requires_grad_()
+        options = {"layer": "concat_squash", "rtol": 0.0, "atol": 1e-3, "max_steps": 12, "gradient": "adjoint"}
+        solution = ops.mlp_ode(x, (0.0, 1.0), net(3, 6, 3), backend=backend, **options)
+        with pytest.raises(fastflow.SolverError, match="more than 12 steps at t = 0") as raised:
+            (1e9 * solution.value.sum()).backward()
+        messages.append(str(raised.value))
+    assert messages[0] == messages[1]
+
+
 def failing(match, x, layers, **options):
     messages = []
     for backend in ("cuda", "reference"):
@@ -142,10 +155,11 @@ def test_fixed_steps_that_leave_the_numbers():
     failing("more than 3 steps", x, linear(1.0), max_steps=3, **options)
 
 
-def test_two_runs_give_the_same_bits():
+@pytest.mark.parametrize("gradient", ["steps", "adjoint"])
+def test_two_runs_give_the_same_bits(gradient):
     """The emulation lets the threads run in another order every time."""
     layers = [[p.float() for p in group] for group in net(3, 6, 3)]
-    options = {"layer": "concat_squash", "exact": True, "per_sample": True, "backend": "cuda"}
+    options = {"layer": "concat_squash", "exact": True, "per_sample": True, "backend": "cuda", "gradient": gradient}
 
     def run(x):
         groups = [[p.clone().requires_grad_() for p in group] for group in layers]
