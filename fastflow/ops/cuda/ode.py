@@ -94,14 +94,14 @@ def _tangents(probes: Tensor | None) -> int:
 
 
 # arguments 0 to 3 are the packed parameters, the method, the times and the probes
-def _ode(net: Network, probes, checkpoints: int, controls: int, times, x, tile: int, copied, energies, exact):  # noqa: ANN001, ANN201
+def _ode(net: Network, probes, checkpoints: int, controls: int, times, x, tile: int, copied, energies, exact):  # noqa: ANN001, ANN202
     """struct Ode but for its last three"""
     fields = net.fields(0, copied, _tangents(probes))
     fields += [x.shape[0], tile, times.shape[0] - 1, energies, int(exact), checkpoints, controls]
     return [*fields, Address(1), Address(2), *([NULL] * 4 if probes is None else [Address(3), *probes.stride()])]
 
 
-def _control(first: int, grid, batched: bool, tiles: int, rtol: float, atol: float, max_steps: int):  # noqa: ANN001, ANN201
+def _control(first: int, grid, batched: bool, tiles: int, rtol: float, atol: float, max_steps: int):  # noqa: ANN001, ANN202
     """struct StepControl: arguments from ``first`` on are the grid, status, state, control, partial sums, the turn."""
     fields = [rtol, atol, int(grid is None), max_steps, NULL if grid is None else Address(first), Address(first + 1)]
     whole = [Address(first + i) for i in (2, 3, 4)] if batched else [NULL] * 3
