@@ -5,38 +5,17 @@
 //
 // A system derives from March<T> and has, as functions that take it,
 //
-//   begin(o)                        the state at the first time; a barrier follows
-//   slopes(o, first, last, guess)   what follows of the verdicts, with advance() of all rows; then slope(i) for first
-//   <= i
-//                                   < last, of the step's stages or of an Euler step's end; a barrier follows
-//   squared(o, row)                 is the error of this row one by itself?
-//   add_up(o, s, other, sums)       the means of a sample's errors, up to four, that control compares
+//   begin(o)                       the state at the first time; a barrier follows
+//   slopes(o, first, last, guess)  what follows of the verdicts, with advance() of all rows; then slope(i) for
+//                                  i = first .. last - 1, of a step's stages or of an Euler step; a barrier follows
+//   squared(o, row)                is the error of this row one by itself?
+//   add_up(o, s, other, sums)      a sample's sums of squares as norm() of ode_control.cuh takes them
 #pragma once
 
 #include "ode.cuh"
+#include "ode_control.cuh"
 
 namespace fastflow {
-
-enum Phase : int64_t { kBegin, kSlope, kGuess, kStep, kDone, kNotFinite, kUnderflow, kTooMany };
-
-constexpr int kNorms = 8;  // sums of the batch: up to four parts of the state, of one or two quantities
-
-// Who decides on steps, and how far it is.
-struct Control {
-  double t, h;   // where the state is, and the step to try
-  double slope;  // norm of the first slope
-  int64_t phase, evaluations, accepted, rejected;
-  int64_t next;     // of the times to reach
-  int64_t spacing;  // steps between the states that are kept
-};
-
-// What becomes of the step that was tried.
-struct Verdict {
-  double t, h;
-  int64_t accepted;
-  int64_t first, last;    // the times [first, last) are reached
-  int64_t slot, thinned;  // of the kept states: where this one goes, or -1; was every other one dropped before?
-};
 
 struct MarchPlaces {  // in shared memory, bytes
   int64_t y, ends, slopes, table, errors, sums, controls, verdicts, phase;
@@ -44,8 +23,8 @@ struct MarchPlaces {  // in shared memory, bytes
 
 struct StepControl {
   double rtol, atol;
-  int64_t adaptive, max_steps;
-  char* grid;                       // of fixed steps: where they begin and end
+  int64_t max_steps;
+  char* grid;                       // of fixed steps: where they begin and end; none: adaptive
   char* status;                     // [B, 5]: phase at the end, t, attempt, h, error
   char *state, *control, *partial;  // of the whole batch: what a launch leaves to the next
   int64_t tiles, turn;              // turn: 0 or 1, a launch reads what the other has written
@@ -88,7 +67,11 @@ struct March {
   FF_D int64_t global(int s) const { return smaller(begin + s, ode.samples - 1); }
   FF_D bool valid(int s) const { return begin + s < ode.samples; }
   FF_D T& slope(int stage, int row, int s) const { return slopes[(stage * rows + row) * samples + s]; }
-  FF_D double grid(int64_t i) const { return reinterpret_cast<const double*>(how.grid)[i]; }
+  FF_D Rules rules() const {
+    const auto doubles = [](char* data) { return reinterpret_cast<const double*>(data); };
+    return {method,        doubles(ode.times), doubles(how.grid), ode.count, ode.checkpoints,
+            how.max_steps, ode.controls,       features,          sign,      epsilon<T>()};
+  }
   // of a stage; behind those of all stages the end's, and that of an Euler step
   FF_D const T* coefficients(int stage) const { return table + stage * method.stages; }
   // h sum_i weights[i] slope(i)
@@ -123,8 +106,6 @@ FF_D void advance(const March<T>& o, int row, int s) {
 
 // --- norms --------------------------------------------------------------------------------------------------
 
-FF_D double over(double error, double scale) { return error == 0 ? 0 : error / scale; }
-
 // From `which` on of the sums of a sample: squares of quantity(row, s) over the tolerance for y and other(row, s)
 template <class S, class Q, class O>
 FF_D void norms(const S& o, int which, const Q& quantity, const O& other) {
@@ -135,90 +116,6 @@ FF_D void norms(const S& o, int which, const Q& quantity, const O& other) {
   each(o.net, 1, [&](int, int s) { add_up(o, s, other, o.sums + s * kNorms + which); });
 }
 
-// The larger, and what is not a number
-FF_D double larger(double a, double b) { return a != a || a >= b ? a : b; }
-
-// The largest of the roots of the means over n samples
-FF_D double norm(const double* sums, int64_t n) {
-  double found = sums[0] / double(n);
-  for (int k = 1; k < kNorms / 2; ++k) found = larger(found, sums[k] / double(n));
-  return ::sqrt(found);
-}
-
-// --- control ------------------------------------------------------------------------------------------------
-
-// Is the state kept from which step `accepted` goes on?
-FF_D void keep_state(const Ode& o, Control& c, Verdict& v) {
-  if (o.checkpoints == 0) return;
-  if (full(c.accepted, c.spacing, o.checkpoints)) c.spacing *= 2, v.thinned = 1;
-  v.slot = slot(c.accepted, c.spacing);
-}
-
-// The times up to t
-FF_D void reach(const Ode& o, double t, double sign, Control& c, Verdict& v) {
-  v.first = c.next;
-  while (c.next <= o.count && sign * o.time(c.next) <= sign * t) ++c.next;
-  v.last = c.next;
-  if (c.next > o.count) c.phase = kDone;
-}
-
-// What a turn found, sums over n samples, and what follows of it. Writes the step where there is place for it.
-template <class T>
-FF_D void decide(const March<T>& o, Control& c, Verdict& v, const double* sums, int64_t n, double* steps) {
-  const Ode& ode = o.ode;
-  const StepControl& a = o.how;
-  v.accepted = 0, v.first = v.last = 1, v.slot = -1, v.thinned = 0;
-  if (c.phase == kBegin) {
-    c.t = ode.time(0), c.h = 0, c.next = 1, c.spacing = 1;
-    c.evaluations = c.accepted = c.rejected = 0;
-    reach(ode, c.t, o.sign, c, v);
-    if (c.phase == kDone) return;
-    keep_state(ode, c, v);
-    c.phase = a.adaptive || o.method.fsal ? kSlope : kStep;
-    if (!a.adaptive) c.h = o.grid(1) - o.grid(0);
-  } else if (c.phase == kSlope) {
-    c.evaluations += 1;
-    c.phase = kStep;
-    if (!a.adaptive) return;
-    const double state = norm(sums, n);
-    c.slope = norm(sums + kNorms / 2, n);
-    c.h = state == state ? o.sign * trial_step(state, c.slope) : 0;
-    c.phase = state == state ? kGuess : kNotFinite;
-  } else if (c.phase == kGuess) {
-    c.evaluations += 1;
-    const double trial = o.sign * c.h;
-    c.h = o.sign * first_step(trial, c.slope, norm(sums, n) / trial, o.method.order);
-    c.phase = c.t + c.h == c.t ? kUnderflow : kStep;
-  } else if (c.phase == kStep) {
-    c.evaluations += o.method.stages - (o.method.fsal ? 1 : 0);
-    const double error = norm(sums, n);  // of fixed steps: 0, or not a number
-    if (error <= 1) {
-      if (steps) steps[2 * ode.controls * c.accepted] = c.t, steps[2 * ode.controls * c.accepted + 1] = c.h;
-      v.t = c.t, v.h = c.h, v.accepted = 1;
-      ++c.accepted;
-      c.t = a.adaptive ? c.t + c.h : o.grid(c.accepted);
-      reach(ode, c.t, o.sign, c, v);
-      if (c.phase == kDone) return;
-      keep_state(ode, c, v);
-    } else {
-      ++c.rejected;
-    }
-    if (!a.adaptive) {
-      if (v.accepted)
-        c.h = o.grid(c.accepted + 1) - o.grid(c.accepted);
-      else
-        c.phase = kNotFinite, c.t += c.h, --c.rejected;
-      return;
-    }
-    c.h *= growth(error, o.method.order);
-    // near an overflow the steps could shrink without end: below the rounding of the state it is given up
-    const double finest = (sizeof(T) == 4 ? 0x1p-23 : 0x1p-52) * o.sign * (ode.time(ode.count) - ode.time(0));
-    const bool stuck = c.t + c.h == c.t || (!finite(error) && o.sign * c.h < finest);
-    if (stuck || c.accepted + c.rejected >= a.max_steps)
-      c.phase = !finite(error) ? kNotFinite : stuck ? kUnderflow : kTooMany;
-  }
-}
-
 // A turn of the tile: what was decided, slopes, and the sums that decide.
 template <class S>
 FF_D void work(const S& o, int64_t phase) {
@@ -226,7 +123,7 @@ FF_D void work(const S& o, int64_t phase) {
   const int stages = o.method.stages;
   const int first = phase == kGuess || (phase == kStep && o.method.fsal);
   slopes(o, first, phase >= kDone ? 0 : phase == kStep ? stages : first + 1, phase == kGuess);
-  if (phase >= kDone || (phase == kSlope && !o.how.adaptive)) return;
+  if (phase >= kDone || (phase == kSlope && o.how.grid)) return;
   const auto start = [&](int row, int s) { return o.y[row * o.samples + s]; };
   if (phase == kSlope) norms(o, kNorms / 2, [&](int row, int s) { return o.slope(0, row, s); }, start);
   each(o.net, o.rows, [&](int row, int s) {
@@ -241,7 +138,7 @@ FF_D void work(const S& o, int64_t phase) {
         if (phase == kSlope) return double(start(row, s));
         if (phase == kGuess) return double(o.slope(1, row, s) - o.slope(0, row, s));
         double error = double(end(row, s) - end(row, s));  // 0, or not a number
-        if (o.how.adaptive)                                // these nearly cancel
+        if (!o.how.grid)                                   // these nearly cancel
           for (int i = 0; i < stages; ++i)
             if (o.method.error[i] != 0) error += o.controls[s].h * o.method.error[i] * double(o.slope(i, row, s));
         return error;
@@ -294,7 +191,8 @@ FF_D void march(const S& o) {
   if (mine) o.controls[s].phase = kBegin;
   for (;;) {
     if (mine)
-      decide(o, o.controls[s], o.verdicts[s], o.sums + s * kNorms, 1, writes ? o.ode.step(0, o.begin + s) : nullptr);
+      decide(o.rules(), o.controls[s], o.verdicts[s], o.sums + s * kNorms, 1,
+             writes ? o.ode.step(0, o.begin + s) : nullptr);
     __syncthreads();
     const int64_t phase = agree(o);
     work(o, phase);
@@ -345,7 +243,8 @@ FF_D void decide_together(const March<T>& o) {
   const bool first = blockIdx.x == 0 && s == 0;
   if (s < o.samples) {
     o.controls[s] = kept(a, a.turn);
-    decide(o, o.controls[s], o.verdicts[s], total, o.ode.samples, first && o.ode.steps ? o.ode.step(0, 0) : nullptr);
+    decide(o.rules(), o.controls[s], o.verdicts[s], total, o.ode.samples,
+           first && o.ode.steps ? o.ode.step(0, 0) : nullptr);
   }
   if (first) kept(a, 1 - a.turn) = o.controls[s];
   if (first && o.ode.steps && o.controls[s].phase >= kDone) count(o.ode, o.controls[s], 0);
@@ -370,7 +269,7 @@ FF_D void march_step(const S& o, int64_t tile) {
     if (o.valid(of)) state = mine;
   });
   if (s < o.samples && o.valid(s))  // whose error is the largest?
-    reinterpret_cast<double*>(a.status)[(o.begin + s) * 5 + 4] = norm(o.sums + s * kNorms, 1);
+    reinterpret_cast<double*>(a.status)[(o.begin + s) * 5 + 4] = norm(o.sums + s * kNorms, 1, o.features);
   if (s < kNorms) {
     double sum = 0;
     for (int i = 0; i < o.samples; ++i)

@@ -80,7 +80,7 @@ FF_D bool squared(const Solve<T>& o, int row) {
   return row < o.features || row >= o.features + o.tangents;
 }
 
-// value, trace and two energies
+// Of the value, the trace and the two energies.
 template <class T, class O>
 FF_D void add_up(const Solve<T>& o, int s, const O& other, double* sums) {
   double of_value = 0, of_trace = 0, from = 0, to = 0;
@@ -93,7 +93,7 @@ FF_D void add_up(const Solve<T>& o, int s, const O& other, double* sums) {
     const double weight = o.ode.template weight_of_probes<double>();
     of_trace = over(weight * of_trace, o.scale(T(weight * from), T(weight * to)));
   }
-  sums[0] = of_value / double(o.features), sums[1] = of_trace * of_trace, sums[2] = sums[3] = 0;
+  sums[0] = of_value, sums[1] = of_trace * of_trace, sums[2] = sums[3] = 0;
   for (int e = 0; e < int(o.ode.energies); ++e) sums[2 + e] = o.errors[(o.features + o.tangents + e) * o.samples + s];
 }
 

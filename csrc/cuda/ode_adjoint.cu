@@ -62,13 +62,13 @@ FF_D bool squared(const Adjoint<T>&, int) {
   return true;
 }
 
-// x and a
+// Of x and of a, the second over its number as no other part has more than one.
 template <class T, class O>
 FF_D void add_up(const Adjoint<T>& o, int s, const O&, double* sums) {
   double of_x = 0, of_a = 0;
   for (int row = 0; row < o.features; ++row)
     of_x += o.errors[row * o.samples + s], of_a += o.errors[(o.features + row) * o.samples + s];
-  sums[0] = of_x / double(o.features), sums[1] = of_a / double(o.features), sums[2] = sums[3] = 0;
+  sums[0] = of_x, sums[1] = of_a / double(o.features), sums[2] = sums[3] = 0;
 }
 
 // What (a, g) at the stages of the step count for in the parameters' integral: nothing where it was not accepted.

@@ -102,6 +102,7 @@ _MLP_COUPLING = {
 }
 _ODE = {"ode_solve": "OdeForward", "ode_step": "OdeForward"}
 _ODE_ADJOINT = {"ode_adjoint_solve": "OdeAdjoint", "ode_adjoint_step": "OdeAdjoint"}
+_STAGES = {"ode_norms": "Stages", "ode_combine": "Combine", "ode_decide": "Stages", "ode_apply": "Stages"}
 _SYLVESTER = {"sylvester_fwd": "SylvesterForward", "sylvester_bwd": "SylvesterBackward"}
 
 USUAL = [
@@ -128,6 +129,7 @@ USUAL = [
     *_each("wavenet", {"wavenet_generate": "Generate"}, _ACCUMULATORS),
     *_each("ode", _ODE, _ACCUMULATORS),
     *_each("ode_adjoint", _ODE_ADJOINT, _ACCUMULATORS),
+    *_each("ode_stages", _STAGES, _ACCUMULATORS),
     *_each("ode_backward", {"ode_bwd": "OdeBackward"}, _ACCUMULATORS),
     *_sweeps(),
     *_each("shares", {"add_shares": "Shares"}, _ACCUMULATORS),

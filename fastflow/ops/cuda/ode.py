@@ -1,4 +1,7 @@
-"""Launches of csrc/cuda/ode.cu: of fixed steps and of control per sample one, of control by the batch one a step."""
+"""Launches of csrc/cuda/ode.cu: of fixed steps and of control per sample one, of control by the batch one a step.
+
+Networks of which a sample does not fit into a block's shared memory go stage by stage (fastflow/ops/ode_stages.py).
+"""
 
 from __future__ import annotations
 
@@ -9,10 +12,13 @@ import torch
 from torch import Tensor
 
 from fastflow.ops import ode_reference as plain
+from fastflow.ops import ode_stages, ode_stages_backward
 from fastflow.ops.cuda.dynamics import MOST_LAYERS, Network, Places, network, pack, unpack
+from fastflow.ops.cuda.ode_stages import STAGES
 from fastflow.ops.cuda.plan import NULL, Address, Launch, Plan, Value, accumulates, planned
 from fastflow.ops.cuda.shares import add_shares
 from fastflow.ops.cuda.source import Instance
+from fastflow.ops.ode_stages import CONTROL, DONE, NORMS, PHASE, VERDICT, failure
 from fastflow.ops.trace_mlp import _PARAMETERS, LAYERS
 
 __all__ = ["KERNELS", "fits"]
@@ -23,11 +29,7 @@ TILE = 32  # samples of a tile, at most
 LAUNCHES = 8  # of steps before the host asks whether they were enough
 BLOCKS = 256  # of a backward, at most: each has a share of the parameters' gradients
 SHARES = 256 * 1024 * 1024  # bytes for these
-NORMS = 8  # kNorms
-CONTROL, VERDICT, TRACK = 9, 7, 8  # 8-byte fields of the structs
-
-DONE, NOT_FINITE, UNDERFLOW, TOO_MANY = 4, 5, 6, 7  # of enum Phase
-PHASE = 3  # its place in struct Control
+TRACK = 8  # 8-byte fields of struct Track
 
 
 @functools.lru_cache(maxsize=256)
@@ -103,7 +105,7 @@ def _ode(net: Network, probes, checkpoints: int, controls: int, times, x, tile: 
 
 def _control(first: int, grid, batched: bool, tiles: int, rtol: float, atol: float, max_steps: int):  # noqa: ANN001, ANN202
     """struct StepControl: arguments from ``first`` on are the grid, status, state, control, partial sums, the turn."""
-    fields = [rtol, atol, int(grid is None), max_steps, NULL if grid is None else Address(first), Address(first + 1)]
+    fields = [rtol, atol, max_steps, NULL if grid is None else Address(first), Address(first + 1)]
     whole = [Address(first + i) for i in (2, 3, 4)] if batched else [NULL] * 3
     return [*fields, *whole, tiles, Value(first + 5) if batched else 0]
 
@@ -118,7 +120,7 @@ def _march(launch: Callable[..., None], x: Tensor, rows: int, stages: int, batch
         if (code > DONE).any():
             # the first to fail, as if all went side by side
             sample = int(torch.where(code > DONE, attempt, torch.inf).argmin())
-            raise _failure(code[sample], t[sample], attempt[sample], h[sample], sample, max_steps)
+            raise failure(code[sample], t[sample], attempt[sample], h[sample], sample, max_steps)
         return
     state, partial = x.new_empty((2 + stages) * rows * x.shape[0]), doubles(2 * x.shape[0] * NORMS)
     turns = torch.zeros((2, CONTROL), dtype=torch.int64, device=x.device)
@@ -129,7 +131,7 @@ def _march(launch: Callable[..., None], x: Tensor, rows: int, stages: int, batch
             break
     if phase > DONE:
         sample = int(status[:, 4].nan_to_num(torch.inf).argmax())
-        raise _failure(*status[sample, :4].tolist(), sample, max_steps)
+        raise failure(*status[sample, :4].tolist(), sample, max_steps)
 
 
 @functools.partial(planned, values=(16,))
@@ -159,6 +161,11 @@ def mlp_ode_fwd(
     x, times, probes, params, method, layer: int, activation: int, control, max_steps: int, values, traces, energies,
     steps, counts, states,
 ) -> None:  # fmt: skip
+    if not fits(x, probes, params, layer, bool(control[5]), int(method[0])):
+        return ode_stages.forward(
+            STAGES, x, times, probes, params, method, layer, activation, control, max_steps, values, traces, energies,
+            steps, counts, states,
+        )  # fmt: skip
     rtol, atol, step_size, per_sample, exact, _ = control
     net, stages = network(x, params, layer, activation), int(method[0])
     grid = _fixed_steps(times.tolist(), method, step_size, max_steps, x.device)
@@ -168,15 +175,6 @@ def mlp_ode_fwd(
     rows = x.shape[1] + traces.shape[1] + energies.shape[1]
     launch = lambda *left: _forward(*given, *left, *meaning)  # noqa: E731
     _march(launch, x, rows, stages, grid is None and not per_sample, max_steps)
-
-
-def _failure(code: float, t: float, attempt: float, h: float, sample: int, max_steps: int) -> RuntimeError:
-    what = {
-        NOT_FINITE: "the state or its derivative is not finite",
-        UNDERFLOW: "the step underflows",
-        TOO_MANY: f"more than {max_steps} steps",
-    }[int(code)]
-    return RuntimeError(f"{what} at t = {t:.6g}, step {int(attempt)}, h = {h:.3g}, first in sample {sample}")
 
 
 def _blocks(tiles: int, parameters: int) -> int:
@@ -219,6 +217,11 @@ def mlp_ode_bwd(
     x, times, probes, params, method, layer: int, activation: int, control, steps, counts, states, gvalues, gtraces,
     genergies, gx, gparams,
 ) -> None:  # fmt: skip
+    if not fits(x, probes, params, layer, bool(control[5]), int(method[0])):
+        return ode_stages_backward.backward(
+            STAGES, x, times, probes, params, method, layer, activation, control, steps, counts, states, gvalues,
+            gtraces, genergies, gx, gparams,
+        )  # fmt: skip
     net, stages = network(x, params, layer, activation), int(method[0])
     packed = pack(params, net)
     flat = torch.empty_like(packed, dtype=torch.float64)
