@@ -11,6 +11,7 @@ import fastflow
 from fastflow import ops
 from fastflow.ops import ode_stages, ode_stages_backward
 from fastflow.ops.cuda import ode as launches
+from fastflow.ops.cuda import ode_adjoint
 
 pytestmark = [
     pytest.mark.skipif(emulation.CXX is None, reason="no C++ compiler"),
@@ -53,7 +54,7 @@ def constants(monkeypatch):
     """Sets constants of the launches; what was planned with others is forgotten."""
 
     def forget():
-        for kernel in (launches._forward, launches._backward):
+        for kernel in (launches._forward, launches._backward, ode_adjoint._adjoint):
             for cell in kernel.__closure__:
                 if isinstance(cell.cell_contents, dict):
                     cell.cell_contents.clear()
@@ -166,9 +167,44 @@ def test_turns_are_recorded_and_stop_at_the_end(graphs, constants, monkeypatch):
     assert len(recorded) >= 2
 
 
-def test_the_adjoint_is_the_reference_s():
-    """After a solve by the kernels."""
+ADJOINTS = {
+    "batch": {"times": (0.0, 0.4, 0.4, 1.5), "exact": True, "regularize": True, "rtol": 1e-5, "atol": 1e-6},
+    "per sample": {"times": (1.0, 0.2, -0.3), "per_sample": True, "exact": True, "rtol": 1e-5, "atol": 1e-6},
+    "fixed": {"times": (0.0, 0.5, 1.2), "method": "rk4", "step_size": 0.4, "regularize": True},
+    "value": {"method": "bosh3", "rtol": 1e-4, "atol": 1e-4},
+}
+
+
+@pytest.mark.parametrize("name", ADJOINTS)
+def test_the_adjoint(constants, monkeypatch, name):
+    """Several samples in a tile, several tiles of a block, several outputs."""
+    constants(TILES=1, TILE=2, BLOCKS=3)
+    plain, called = ops.ode.adjoint, []
+    monkeypatch.setattr(ops.ode, "adjoint", lambda *given: called.append(1) or plain(*given))
+    options = dict(ADJOINTS[name])
+    if "regularize" in options and "exact" not in options:
+        options["probes"] = torch.randn(2, *X.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    both(X, net(3, 6, 3), gradient="adjoint", **options)
+    assert len(called) == 1  # the reference
+
+
+def test_an_adjoint_that_does_not_fit(constants, monkeypatch):
+    """Plain PyTorch does it, after a solve by the kernels."""
+    monkeypatch.setattr(ode_adjoint, "fits", lambda *_: False)
     both(X, net(3, 4, 3), gradient="adjoint", exact=True, rtol=1e-6, atol=1e-6)
+
+
+def test_an_adjoint_that_fails():
+    """Its own solve needs more steps than the one before it, and says so as the reference does."""
+    messages = []
+    for backend in ("cuda", "reference"):
+        x = X.clone().requires_grad_()
+        options = {"layer": "concat_squash", "rtol": 0.0, "atol": 1e-3, "max_steps": 12, "gradient": "adjoint"}
+        solution = ops.mlp_ode(x, (0.0, 1.0), net(3, 6, 3), backend=backend, **options)
+        with pytest.raises(fastflow.SolverError, match="more than 12 steps at t = 0") as raised:
+            (1e9 * solution.value.sum()).backward()
+        messages.append(str(raised.value))
+    assert messages[0] == messages[1]
 
 
 def failing(match, x, layers, **options):
@@ -206,10 +242,11 @@ def test_fixed_steps_that_leave_the_numbers(constants, staged):
     failing("more than 3 steps", x, linear(1.0), max_steps=3, **options)
 
 
-def test_two_runs_give_the_same_bits():
+@pytest.mark.parametrize("gradient", ["steps", "adjoint"])
+def test_two_runs_give_the_same_bits(gradient):
     """The emulation lets the threads run in another order every time."""
     layers = [[p.float() for p in group] for group in net(3, 6, 3)]
-    options = {"layer": "concat_squash", "exact": True, "per_sample": True, "backend": "cuda"}
+    options = {"layer": "concat_squash", "exact": True, "per_sample": True, "backend": "cuda", "gradient": gradient}
 
     def run(x):
         groups = [[p.clone().requires_grad_() for p in group] for group in layers]

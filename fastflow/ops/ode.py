@@ -125,7 +125,7 @@ def _backward(
 @op(
     f"mlp_ode_adjoint({_PROBLEM}, int max_steps, Tensor values, Tensor gvalues, Tensor gtraces, Tensor genergies)"
     " -> Tensor[]",
-    backends=("cpu",),
+    backends=("cpu", "cuda"),
 )
 def _adjoint(
     kernel, x, times, probes, params, method, layer, activation, control, max_steps, values, gvalues, gtraces,
@@ -178,7 +178,7 @@ class _MlpOde(torch.autograd.Function):
                 lambda x, times, *params: replay(problem, path, x, times, probes, *params), (x, times, *params), grads
             )
             return *[None] * 4, *found[:2], None, *found[2:]
-        if ctx.backend not in (_adjoint if ctx.gradient == "adjoint" else _backward):
+        if not _differentiates(ctx.backend, ctx.gradient, problem, probes, params, x):
             found = adjoint(problem, times, probes, params, values, *grads)
         else:
             method = METHODS[problem.method].pack()
@@ -333,6 +333,17 @@ def _unserved(backend: str, problem: Problem, probes: Tensor | None, params: Seq
     if fits(x, probes, params, problem.layer, bool(problem.control.regularize), stages):
         return None
     return "has steps per sample only where a sample and what they need fit into a block's shared memory"
+
+
+def _differentiates(
+    backend: str, gradient: str, problem: Problem, probes: Tensor | None, params: Sequence[Tensor], x: Tensor
+) -> bool:
+    """Has a backend a kernel of this gradient, for networks of this size?"""
+    if (backend, gradient) != ("cuda", "adjoint"):
+        return backend in (_backward if gradient == "steps" else _adjoint)
+    from fastflow.ops.cuda.ode_adjoint import fits
+
+    return fits(x, probes, params, problem.layer, bool(problem.control.regularize), METHODS[problem.method].stages)
 
 
 def _times(times: Sequence[float] | Tensor) -> Tensor:
