@@ -117,7 +117,7 @@ class Graph:
     def __init__(self):
         self.began = self.ended = 0
 
-    def capture_begin(self, capture_error_mode):
+    def capture_begin(self, pool, capture_error_mode):
         self.began += 1
 
     def capture_end(self):
@@ -133,7 +133,8 @@ def graphs(monkeypatch):
     stream = types.SimpleNamespace(wait_stream=lambda other: None, synchronize=lambda: None)
     event = lambda: types.SimpleNamespace(record=lambda stream: None, synchronize=lambda: None)  # noqa: E731
     monkeypatch.setattr(ode_stages, "on_gpu", lambda device: True)
-    monkeypatch.setattr(ode_stages, "_beside", lambda current: stream)
+    kept = types.SimpleNamespace(pool=lambda: (0, 1))
+    monkeypatch.setattr(ode_stages, "_beside", lambda current: (stream, kept))
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     monkeypatch.setattr(torch.cuda, "Event", event)

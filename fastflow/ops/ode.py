@@ -237,7 +237,8 @@ def mlp_ode(
         method: ``euler``, ``midpoint`` and ``rk4`` (the 3/8 rule) have fixed steps: of ``step_size``, the last one
             shortened, or from one time to the next. ``bosh3``, ``dopri5`` and ``tsit5`` choose theirs by ``rtol`` and
             ``atol``, as torchdiffeq does; unless a ``step_size`` is given.
-        per_sample: every sample has steps of its own and its result does not depend on the batch.
+        per_sample: every sample has steps of its own and its result does not depend on the batch. On a GPU only with
+            CUDA, and for networks of which a sample fits into a block's shared memory.
         gradient: ``steps``: exact for the steps that were made, which are held fixed; forward and backward cost about
             four times the forward alone. ``adjoint``: by another solve, backwards and with the same tolerances, whose
             norm sees x and its adjoint: right to about those, at about six times the forward. Both for x, the

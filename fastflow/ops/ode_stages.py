@@ -177,26 +177,34 @@ def on_gpu(device: torch.device) -> bool:
 
 
 @functools.lru_cache(maxsize=16)
-def _beside(current: torch.cuda.Stream) -> torch.cuda.Stream:
-    """Where graphs are recorded: one stream for each, because the library of products keeps memory for every stream."""
-    return torch.cuda.Stream(current.device)
+def _beside(current: torch.cuda.Stream) -> tuple[torch.cuda.Stream, torch.cuda.CUDAGraph]:
+    """Where the graphs of a stream are recorded, and one that is kept: so they share one pool of memory, which is
+    theirs for as long as one of them lives and could not be used again after the last."""
+    stream, graph = torch.cuda.Stream(current.device), torch.cuda.CUDAGraph()
+    stream.wait_stream(current)
+    with torch.cuda.stream(stream):
+        graph.capture_begin(capture_error_mode="thread_local")
+        torch.zeros(1, device=current.device)
+        graph.capture_end()
+    return stream, graph
 
 
 def recorded(work: Callable[[], None], device: torch.device) -> Callable[[], None]:
     """The same launches as one CUDA graph; the work itself where there is no GPU, or where it cannot be recorded.
 
-    It must have run before: what is compiled or set up at the first use cannot be recorded. The graph lives as long as
-    what is returned, and that must be as long as it runs: see :func:`wait`.
+    It must have run before: what is compiled or set up at the first use cannot be recorded. It leaves nothing behind
+    that it has allocated. The graph lives as long as what is returned, and that must be as long as it runs: ``wait``.
     """
     if not on_gpu(device):
         return work
     # torch.cuda.graph() would also collect garbage and empty the cache, which takes longer than many a solve
-    graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream(device)
-    stream = _beside(current)
-    stream.wait_stream(current)
     try:
+        current = torch.cuda.current_stream(device)
+        stream, kept = _beside(current)
+        graph = torch.cuda.CUDAGraph()
+        stream.wait_stream(current)
         with torch.cuda.stream(stream):
-            graph.capture_begin(capture_error_mode="thread_local")
+            graph.capture_begin(pool=kept.pool(), capture_error_mode="thread_local")
             try:
                 work()
             finally:

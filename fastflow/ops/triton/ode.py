@@ -196,7 +196,7 @@ def _apply(
     if tl.load(verdict + 6) != 0:
         to = states + i
         other = states + i
-        for k in range(1, (checkpoints + 1) // 2):
+        for _k in range(1, (checkpoints + 1) // 2):
             to += in_x
             other += 2 * in_x
             tl.store(to, tl.load(other, mask=of_x, other=0.0), mask=of_x)
