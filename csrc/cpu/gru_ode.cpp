@@ -19,6 +19,14 @@ namespace {
 constexpr int64_t kRows = 48;  // whose predictions after the jump are made together
 
 template <class T>
+bool observed_are_finite(int64_t n, const T* values, const T* masks) {
+  T sum = T(0);
+#pragma omp simd reduction(+ : sum)
+  for (int64_t i = 0; i < n; ++i) sum += masks[i] == T(0) ? T(0) : values[i] - values[i];
+  return sum == T(0);
+}
+
+template <class T>
 struct Filter {
   const Network<T>& net;
   const Method<T>& method;
@@ -157,6 +165,9 @@ void gru_ode_fwd(const View& h0, const View& values, const View& masks, const Vi
     const Schedule schedule(offsets, counts, sizes, jumps);
     const Network<T> net(params, kind, impute, false);
     const Method<T> of(method, rtol, atol, max_steps);
+    if (!schedule.sound(of.tableau.adaptive) ||
+        !observed_are_finite(schedule.rows * net.D, pointer<T>(values), pointer<T>(masks)))
+      throw std::invalid_argument("schedule, values: expected rows that rise, steps and observations that are finite");
     const std::vector<Plan> blocks = plans(schedule);
     const Filter<T> filter = {net,
                               of,

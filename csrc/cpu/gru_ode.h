@@ -18,7 +18,7 @@
 namespace fastflow {
 namespace gru {
 
-constexpr int64_t kSeries = 24;  // of a block at most
+constexpr int64_t kSeries = 32;  // of a block at most
 
 // --- memory -------------------------------------------------------------------------------------------
 
@@ -66,6 +66,15 @@ struct Schedule {
         series(o.size[0] - 1),
         rows(j.size[0]) {}
 
+  // Is it as the op's contract has it? Python says what is not.
+  bool sound(bool adaptive) const {
+    if (offsets[0] != 0 || offsets[series] != rows) return false;
+    for (int64_t b = 0; b < series; ++b)
+      if (offsets[b] > offsets[b + 1]) return false;
+    for (int64_t i = 0; i < rows + series; ++i)
+      if (counts[i] < 0 || (adaptive && counts[i] > 1) || !(sizes[i] >= 0) || std::isinf(sizes[i])) return false;
+    return true;
+  }
   int64_t segments(int64_t b) const { return offsets[b + 1] - offsets[b] + 1; }
   int64_t segment(int64_t b, int64_t i) const { return i + 1 < segments(b) ? offsets[b] + i : rows + b; }
   int64_t ticks(int64_t b) const {
