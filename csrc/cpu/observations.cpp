@@ -66,15 +66,17 @@ bool observations_check(const View& offsets, const View& times, const View& valu
 // Of rows that have been checked: counts and sizes [N + B] of the steps before each and, for every series, from its
 // last to the horizon, where every gap is cut into equal steps (step 0: is one interval); does the row jump [N], and
 // which channels are seen there [N, D].
-void observations_steps(const View& offsets, const View& times, const View& masks, double step, double horizon,
+bool observations_steps(const View& offsets, const View& times, const View& masks, double step, double horizon,
                         double tolerance, const View& counts, const View& sizes, const View& jumps, const View& seen) {
   const int64_t series = offsets.size[0] - 1, rows = masks.size[0], channels = masks.size[1];
   const int64_t* first = read<int64_t>(offsets);
   const double* at = read<double>(times);
   int64_t* count = made<int64_t>(counts);
   double* size = made<double>(sizes);
-  const auto cut = [=](double gap, int64_t segment) {
+  double most = 0;
+  const auto cut = [=, &most](double gap, int64_t segment) {
     const double wanted = gap > 0 ? step > 0 ? std::fmax(1.0, std::ceil(gap / step - tolerance)) : 1.0 : 0.0;
+    most = std::fmax(most, wanted);
     count[segment] = int64_t(wanted), size[segment] = gap / std::fmax(1.0, wanted);
   };
   for (int64_t b = 0; b < series; ++b) {
@@ -82,6 +84,7 @@ void observations_steps(const View& offsets, const View& times, const View& mask
     for (int64_t r = first[b]; r < first[b + 1]; last = at[r++]) cut(at[r] - last, r);
     cut(std::fmax(0.0, horizon - last), rows + b);
   }
+  if (most >= 2147483648.0) return false;
   with_accumulator(masks.dtype, [&](auto type) {
     using T = decltype(type);
     for (int64_t r = 0; r < rows; ++r) {
@@ -95,6 +98,7 @@ void observations_steps(const View& offsets, const View& times, const View& mask
       made<int64_t>(jumps)[r] = observed || !target;
     }
   });
+  return true;
 }
 
 }  // namespace

@@ -253,6 +253,8 @@ class GRUODEBayes(nn.Module):
         """x as the model takes it: checked, in the dtype and on the device of the parameters."""
         weight = self.cell.hidden_weight
         x = x.checked() if isinstance(x, Observations) else Observations.from_tensor(x, self.features)
+        if not (x.rows or x.features):  # lists without a row do not tell how many channels there are
+            x = x._replace(values=x.values.new_zeros(0, self.features), masks=x.masks.new_zeros(0, self.features))
         if x.values.shape[1] != self.features or x.covariates.shape[1] != self.covariates:
             raise ValueError(
                 f"x: expected {self.features} channels and {self.covariates} covariates, got "
@@ -332,8 +334,8 @@ class GRUODEBayes(nn.Module):
         asked = torch.as_tensor(times, dtype=torch.float64, device=observations.times.device)
         if asked.dim() not in (1, 2) or asked.dim() == 2 and len(asked) != b:
             raise ValueError(f"times: expected [T] or [{b}, T], got {list(asked.shape)}")
-        if not bool(((asked >= 0) & (asked < torch.inf)).all()):
-            raise ValueError("times: expected finite ones from 0 on, got others")
+        if not bool((good := (asked >= 0) & (asked < torch.inf)).all()):
+            raise ValueError(f"times: expected finite ones from 0 on, got {asked[~good][0]:g}")
         asked, t = asked.expand(b, asked.shape[-1]).flatten(), asked.shape[-1]
         series = torch.arange(b, device=asked.device).repeat_interleave(t)
         stamps, owner = torch.cat((asked, observations.times)), torch.cat((series, observations.series))

@@ -51,6 +51,7 @@ def until(last: Tensor, horizon: float, step: float, clock: Clock = "exact") -> 
 
 
 def _divided(gap: Tensor, step: float) -> tuple[Tensor, Tensor]:
+    _refuse_more(gap, step, 1 << 31)
     counts = torch.ceil(gap / step - TOLERANCE).clamp_(min=1) * (gap > 0)
     return counts.long(), gap / counts.clamp(min=1)
 
@@ -61,9 +62,15 @@ def _all(like: Tensor, step: float) -> Tensor:
 
 def _grid_steps(times: Tensor, step: float, tolerance: float) -> Tensor:
     """The smallest k with t_k >= time - tolerance, where t_k is what k additions of the step give."""
+    _refuse_more(times, step, 1 << 24)  # all of them are in memory
     last = float(times.max()) / step if times.numel() else 0.0
     size = 1 << max(10, (int(last) + 2).bit_length())  # few sizes, each made once
     return torch.searchsorted(_grid(step, size).to(times.device), times - tolerance)
+
+
+def _refuse_more(times: Tensor, step: float, most: int) -> None:
+    if times.numel() and (longest := float(times.max())) > most * step:
+        raise ValueError(f"times: expected at most {most} steps of {step:g} in a row, got {longest:g} of time")
 
 
 @lru_cache(maxsize=16)

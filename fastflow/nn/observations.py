@@ -173,6 +173,9 @@ class Observations(NamedTuple):
 
     def checked(self) -> Observations:
         """With zeros for what is missing, if everything is as it should be; raises as :meth:`from_lists` does."""
+        for name, given in zip(self._fields, self, strict=True):
+            if not isinstance(given, Tensor):
+                raise TypeError(f"{name}: expected a tensor, got {type(given).__name__}; from_lists takes lists")
         times, values, masks = self.times, self.values, self.masks
         b, n, d = self.batch, self.rows, values.shape[-1]
         wanted = [(b + 1,), (n,), (n, d), (n, d), (b, self.covariates.shape[-1])]

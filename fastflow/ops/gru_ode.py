@@ -352,6 +352,7 @@ def _schedule(schedule: Schedule, rows: int, series: int) -> None:
                 f" {list(tensor.shape)} of {tensor.dtype}"
             )
 
+
 def _contents(schedule: Schedule, values: Tensor, masks: Tensor, adaptive: bool) -> None:
     """What can only be seen by looking at the numbers."""
     if not _readable(values):

@@ -35,8 +35,9 @@ def equal_steps(
     rows = len(masks)
     counts, jumps = offsets.new_empty(rows + len(offsets) - 1), offsets.new_empty(rows)
     sizes, seen = times.new_empty(len(counts)), torch.empty_like(masks)
-    cpu.kernel("observations_steps")(offsets, times, masks, step, horizon, tolerance, counts, sizes, jumps, seen)
-    return counts, sizes, jumps.bool(), seen
+    run = cpu.kernel("observations_steps")
+    good = run(offsets, times, masks, step, horizon, tolerance, counts, sizes, jumps, seen)
+    return (counts, sizes, jumps.bool(), seen) if good else None
 
 
 def _fits(floating: tuple[Tensor, ...], others: tuple[Tensor, ...]) -> bool:
