@@ -257,7 +257,8 @@ def gru_ode_filter(
     )
     if backend != "cpu":
         look()
-    masks = masks if masks.dtype == dtype else (masks != 0).to(dtype)  # whatever is not 0 is observed
+    if backend != "cpu" or masks.dtype != dtype:  # a compiled kernel takes all that is not 0 for observed
+        masks = (masks != 0).to(dtype)
     steps = (schedule.offsets, schedule.counts, schedule.sizes)
     meaning = {
         "kind": CELLS.index(cell.kind), "impute": impute, "method": method, "rtol": float(rtol),
