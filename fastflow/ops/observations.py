@@ -1,8 +1,8 @@
 """Rows of observations in one pass of the compiled library, where they are on the CPU.
 
 What is checked and which steps are made is said in :mod:`fastflow.nn.observations` and :mod:`fastflow.nn.clock`, in
-PyTorch: some sixty small operations, for 50 series a fifth of the time of the whole filter. Here they are two calls with
-the same results, bit by bit. Nothing is remembered from call to call, so that nothing can be out of date. Where they
+PyTorch: some sixty small operations, for 50 series a fifth of the time of the whole filter. Here they are two calls
+with the same results, bit by bit. Nothing is remembered from call to call, so nothing can be out of date. Where they
 return None, the others have the word.
 """
 
