@@ -99,6 +99,7 @@ def test_a_stream_goes_on_in_another_process(tmp_path):
     torch.save({"config": model.config, "model": model.state_dict(), "stream": stream.state_dict()}, tmp_path / "f.pt")
     code = """
 import sys, torch
+from fastflow.models import GRUODEBayes
 saved = torch.load(sys.argv[1])
 model = GRUODEBayes(**saved["config"])
 model.load_state_dict(saved["model"])
