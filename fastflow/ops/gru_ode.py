@@ -21,12 +21,11 @@ from fastflow.ops import _check
 from fastflow.ops._backend import Family, choose, transformed
 from fastflow.ops._op import accumulator, any_grad, op, reference_vjp, second_order, without_autocast
 from fastflow.ops.gru_ode_reference import CELLS, reference, where
-from fastflow.ops.ode_method import METHODS
+from fastflow.ops.ode_method import METHODS, Method
 
 __all__ = ["Cell", "Filtered", "Gru", "Observe", "Prep", "Schedule", "gru_ode_filter"]
 
 FAMILY = Family("gru_ode", gpu=("cuda",))
-ADAPTIVE = Family("gru_ode", gpu=())  # on a GPU the reference
 
 
 class Cell(NamedTuple):
@@ -250,7 +249,8 @@ def gru_ode_filter(
     _numbers(method, rtol, atol, max_steps)
     _schedule(schedule, values.shape[0], h0.shape[0], bool(METHODS[method].error))
     dtype = accumulator(h0.dtype)
-    backend = choose(ADAPTIVE if METHODS[method].error else FAMILY, (h0, values, dropout, *params), backend)
+    limit = partial(_too_large, h0=h0, values=values, params=params, method=METHODS[method], impute=impute)
+    backend = choose(FAMILY, (h0, values, dropout, *params), backend, limit)
     h0, values, dropout, *params = (
         t if t is None or t.dtype == dtype else t.to(dtype) for t in (h0, values, dropout, *params)
     )
@@ -274,6 +274,19 @@ def gru_ode_filter(
         if any_grad(h0, values, *params):
             return Filtered(*_Filter.apply(backend, meaning, h0, values, masks, dropout, native, *params))
         return Filtered(*_forward[backend](h0, values, masks, dropout, params, *native, *_native(meaning)))
+
+
+def _too_large(
+    backend: str, h0: Tensor, values: Tensor, params: list[Tensor], method: Method, impute: bool
+) -> str | None:
+    """Why a backend cannot serve states of this size, None if it can."""
+    if backend != "cuda":
+        return None
+    from fastflow.ops.cuda.gru_ode import fits
+
+    if fits(h0.to(accumulator(h0.dtype)), values, params, method.stages, bool(method.error), impute):
+        return None
+    return "a series and what its steps need do not fit into a block's shared memory"
 
 
 # --- checks -----------------------------------------------------------------------------------------
