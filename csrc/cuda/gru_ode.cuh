@@ -279,6 +279,38 @@ FF_D bool next_step(const SeriesTile<T>& t, T* step) {
   return t.any_event();
 }
 
+// All rows that come now: predictions and jumps.
+template <class T>
+FF_D void rows_forward(const SeriesTile<T>& t, const T* all, const JumpRows<T>& j, T* h, T* fresh) {
+  const Filter& a = t.a;
+  const int64_t H = a.H, D = a.D;
+  while (next_rows(t)) {
+    observe(t, all, h, true, 0, j.q, j.p);
+    each(t, 2 * D, [&](int i, int b) {
+      if (t.event[b] < 0) return;
+      reinterpret_cast<T*>(a.pre)[t.event[b] * 2 * D + i] = j.p[i * t.row + b];
+      if (!jumps(t, b)) reinterpret_cast<T*>(a.post)[t.event[b] * 2 * D + i] = j.p[i * t.row + b];
+    });
+    leap(t, all, j, h, fresh);
+    each(t, H, [&](int i, int b) {
+      T& state = h[i * t.row + b];
+      if (jumps(t, b)) state = fresh[i * t.row + b];
+      if (t.event[b] >= 0) reinterpret_cast<T*>(a.states)[t.event[b] * H + i] = state;
+    });
+    observe(t, all, h, true, 1, j.q, j.p);
+    each(t, 2 * D, [&](int i, int b) {
+      if (jumps(t, b)) reinterpret_cast<T*>(a.post)[t.event[b] * 2 * D + i] = j.p[i * t.row + b];
+    });
+  }
+}
+
+template <class T>
+FF_D void store_states(const SeriesTile<T>& t, const T* h) {
+  each(t, t.a.H, [&](int i, int b) {
+    if (t.valid(b)) reinterpret_cast<T*>(t.a.state)[(t.first + b) * t.a.H + i] = h[i * t.row + b];
+  });
+}
+
 // --- steps ----------------------------------------------------------------------------------------------
 
 // `cell` transposed in shared memory behind the rows, or where it is

@@ -1,7 +1,6 @@
 // The gradient of GRU-ODE-Bayes on a GPU. A block makes the states of a window of ticks again from those at its start,
 // then goes through it backwards; it has a share of the weights' gradients, and a second launch adds up the shares in
 // their order.
-#include "gru_ode_adaptive.cuh"
 #include "gru_ode_reverse.cuh"
 
 namespace fastflow {
@@ -93,117 +92,6 @@ FF_D void gru_ode_bwd(const FilterBackward& o) {
       const int at = u * t.row + b;
       for (int i = 0; i < stages; ++i) g[at] += k[i * stage + at];
     });
-  }
-  each(t, H, [&](int i, int b) {
-    if (t.valid(b)) reinterpret_cast<T*>(o.gh0)[(t.first + b) * H + i] = g[i * t.row + b];
-  });
-}
-
-// --- adaptive steps -----------------------------------------------------------------------------------------
-
-// sizes [blocks, room, tile, 2]: of the steps that are kept, and how much of each was needed
-struct AdaptiveBackward {
-  FilterBackward fixed;
-  Tolerances control;
-  double* sizes;
-  int64_t room;  // steps of a series that are kept
-};
-
-// An interval begins at h0 or behind a row. Its steps are made again, the last `room` of every series kept, and taken
-// back, the last of every series first; where there were more they are made again up to those.
-template <class T>
-FF_D void gru_ode_adaptive_bwd(const AdaptiveBackward& all) {
-  FF_SHARED(double, shared);
-  const FilterBackward& o = all.fixed;
-  const Filter& a = o.filter;
-  SeriesTile<T> t(a, shared);
-  Control* const controls = take_controls(t);
-  const Tableau m(a.method);
-  const int64_t H = a.H, size = H * t.n, room = all.room;
-  const int stages = m.stages, stage = int(H) * t.row;
-  T *step = t.take(1), *weights = t.take(stages), *h = t.take(H), *g = t.take(H), *gk = t.take(H), *gh = t.take(H);
-  T *after = t.take(H), *gp = t.take(2 * a.D), *gq = t.take(a.P), *gx = t.take(a.D * a.Q);
-  SeriesTile<T> over = t;  // the rows of jumps lie where those of the steps do
-  const JumpRows<T> j = take_jump(over);
-  T* k = t.take(stages * H);
-  const EvaluationRows<T> e = take_evaluation(t);
-  t.memory = t.memory < over.memory ? over.memory : t.memory;
-  const T *forward = t.of(a.weights), *matrices = t.of(o.matrices);
-  const Weights<T> w = {staged(t, forward), forward}, reverse = {matrices, matrices};
-  T* kept = reinterpret_cast<T*>(o.kept) + int64_t(blockIdx.x) * room * size;
-  double* sizes = all.sizes + int64_t(blockIdx.x) * room * t.n * 2;
-  T* share = reinterpret_cast<T*>(o.partial) + int64_t(blockIdx.x) * o.parameters;
-  for (int64_t i = threadIdx.x; i < o.parameters; i += kThreads) share[i] = T(0);
-  // h after the interval that begins at `tick`; of series that made more steps than those `back` only these
-  const auto make_again = [&](int64_t tick, int64_t back) {
-    set_clocks(t, tick);
-    each(t, H, [&](int i, int b) {
-      const int64_t begun = t.valid(b) ? t.segment[b] : 0, row = begun ? t.place(b, begun - 1) : 0;
-      const T* from = begun ? t.of(a.states) + row * H : t.of(a.h0) + (t.first + b) * H;
-      h[i * t.row + b] = t.valid(b) ? from[i] : T(0);
-    });
-    next_interval(t, controls);
-    if (back)
-      each_series(t, [&](int b) {
-        Control& c = controls[b];
-        c.limit = c.total - back, c.pending = c.pending && c.limit > 0;
-      });
-    const auto keep = [&](int i, int b, int at) {
-      const int64_t slot = (controls[b].accepted - 1) % room;
-      kept[slot * size + i * t.n + b] = h[at];
-      if (i > 0) return;
-      sizes[(slot * t.n + b) * 2] = double(step[b]), sizes[(slot * t.n + b) * 2 + 1] = controls[b].theta;
-    };
-    interval(t, all.control, w, e, controls, step, k, h, after, [](int, int64_t, Fault) {}, keep);
-    if (!back) each_series(t, [&](int b) { controls[b].total = controls[b].accepted; });
-  };
-  each(t, H, [&](int i, int b) { g[i * t.row + b] = t.valid(b) ? t.of(o.gstate)[(t.first + b) * H + i] : T(0); });
-  int64_t ticks = 0;
-  for (int b = 0; b < t.n; ++b)
-    if (t.valid(b) && ticks < a.ends[a.rows + t.first + b]) ticks = a.ends[a.rows + t.first + b];
-  for (int64_t tick = ticks; tick >= 0; --tick) {
-    const int64_t from = tick - 1;  // the interval from there to here
-    if (from >= 0)
-      make_again(from, 0);
-    else
-      load_states(t, h);
-    rows_backward_at(t, o, j, tick, h, gk, after, gp, gq, gx, gh, g, share);
-    if (from < 0) break;
-    for (int64_t back = 0;; ++back) {
-      if (back > 0 && back % room == 0) make_again(from, back);
-      each_series(t, [&](int b) {
-        const int64_t number = controls[b].total - 1 - back, slot = number % room;
-        t.event[b] = number < 0 ? -1 : slot;
-        step[b] = number < 0 ? T(0) : T(sizes[(slot * t.n + b) * 2]);
-        for (int i = 0; i < stages; ++i)
-          weights[i * t.row + b] = number < 0 ? T(0) : T(m.dense(i, sizes[(slot * t.n + b) * 2 + 1]));
-      });
-      if (!t.any_event()) break;
-      int used = stages - 1;  // whole steps do not use the last
-      for (int b = 0; b < t.n; ++b)
-        if (weights[(stages - 1) * t.row + b] != T(0)) used = stages;
-      each(t, H,
-           [&](int i, int b) { h[i * t.row + b] = t.event[b] < 0 ? T(0) : kept[t.event[b] * size + i * t.n + b]; });
-      // all slopes but the last, then every stage once more from there to the first: k becomes gradients
-      for (int turn = 1 - used; turn < used; ++turn) {
-        const bool forwards = turn < 0;
-        const int i = used - 1 - (forwards ? -turn : turn);
-        advance(t, m.a + i * stages, i, step, k, h, e.y);
-        evaluate(t, w, e, forwards ? k + i * stage : gh);
-        if (forwards) continue;
-        each(t, H, [&](int u, int b) {
-          const int at = u * t.row + b;
-          T sum = weights[i * t.row + b] * g[at];
-          for (int later = i + 1; later < used; ++later) sum += T(m.weight(later, i)) * k[later * stage + at];
-          gk[at] = step[b] * sum;
-        });
-        pull(t, reverse, e, gk, gq, gp, gh, k + i * stage, share);
-      }
-      each(t, H, [&](int u, int b) {
-        const int at = u * t.row + b;
-        for (int i = 0; i < used; ++i) g[at] += k[i * stage + at];
-      });
-    }
   }
   each(t, H, [&](int i, int b) {
     if (t.valid(b)) reinterpret_cast<T*>(o.gh0)[(t.first + b) * H + i] = g[i * t.row + b];

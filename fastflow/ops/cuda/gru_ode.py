@@ -1,4 +1,4 @@
-"""Launches of csrc/cuda/gru_ode.cu and gru_ode_backward.cu."""
+"""Launches of csrc/cuda/gru_ode.cu, gru_ode_backward.cu and gru_ode_adaptive.cu."""
 
 from __future__ import annotations
 
@@ -86,10 +86,11 @@ def _forward(
     faults, params, stages: int, impute: bool, control: Control | None,
 ) -> Plan:  # fmt: skip
     fields, blocks, shared, _ = _filter(h0, values, dropout, params, stages, control is not None, impute, False)
-    kernel, arguments = "gru_ode_fwd", "Filter"
+    instance = Instance("gru_ode", "gru_ode_fwd", "Filter", (accumulates(h0),))
     if control is not None:
-        kernel, arguments, fields = "gru_ode_adaptive_fwd", "AdaptiveFilter", [*fields, *control, Address(16)]
-    return Plan([Launch(Instance("gru_ode", kernel, arguments, (accumulates(h0),)), blocks, fields, shared)])
+        fields += [*control, Address(16)]
+        instance = Instance("gru_ode_adaptive", "gru_ode_adaptive_fwd", "AdaptiveFilter", (accumulates(h0),))
+    return Plan([Launch(instance, blocks, fields, shared)])
 
 
 @planned
@@ -105,17 +106,16 @@ def _backward(
     states_of_block, parameters = h0.shape[1] * tile, matrices.numel()
     share, kept, more = (Address(i, scratch=True) for i in range(3))  # more: states, or sizes of adaptive steps
     fields += [*map(Address, range(16, 23)), NULL if control is not None else more, kept, share, windows, parameters]
-    kernel, arguments, kind = "gru_ode_bwd", "FilterBackward", accumulates(h0)
+    kind = accumulates(h0)
     scratch = [(blocks * parameters, h0.dtype), (blocks * TICKS * states_of_block, h0.dtype)]
     if control is None:
         scratch.append((max(1, blocks * windows * states_of_block), h0.dtype))
+        instance = Instance("gru_ode_backward", "gru_ode_bwd", "FilterBackward", (kind,))
     else:
-        kernel, arguments, fields = "gru_ode_adaptive_bwd", "AdaptiveBackward", [*fields, *control, more, ROOM]
+        fields += [*control, more, ROOM]
         scratch[1:] = [(blocks * ROOM * states_of_block, h0.dtype), (blocks * ROOM * tile * 2, torch.float64)]
-    launches = [
-        Launch(Instance("gru_ode_backward", kernel, arguments, (kind,)), blocks, fields, shared),
-        add_shares(kind, share, Address(23), parameters, blocks),
-    ]
+        instance = Instance("gru_ode_adaptive", "gru_ode_adaptive_bwd", "AdaptiveBackward", (kind,))
+    launches = [Launch(instance, blocks, fields, shared), add_shares(kind, share, Address(23), parameters, blocks)]
     return Plan(launches, scratch)
 
 

@@ -96,8 +96,7 @@ def _sweeps() -> list[Instance]:
     return [Instance("autoregressive", k, a, t, 128) for k, a in kernels.items() for t in _ACCUMULATORS]
 
 
-_GRU_ODE = {"gru_ode_fwd": "Filter", "gru_ode_adaptive_fwd": "AdaptiveFilter"}
-_GRU_ODE_BACKWARD = {"gru_ode_bwd": "FilterBackward", "gru_ode_adaptive_bwd": "AdaptiveBackward"}
+_GRU_ODE_ADAPTIVE = {"gru_ode_adaptive_fwd": "AdaptiveFilter", "gru_ode_adaptive_bwd": "AdaptiveBackward"}
 _MLP_COUPLING = {
     "mlp_coupling_fwd": "StackForward",
     "mlp_coupling_bwd": "StackBackward",
@@ -115,8 +114,9 @@ USUAL = [
     *_each("conv1x1_weights", {"lu_weights_fwd": "Factors", "lu_weights_bwd": "Factors"}, _ONE),
     *_steps("gaussian", _GAUSSIAN, _THREE),
     *_steps("gaussian", {"gaussian_kl_fwd": "KlForward", "gaussian_kl_bwd": "KlBackward"}, _TWO),
-    *_each("gru_ode", _GRU_ODE, _ACCUMULATORS),
-    *_each("gru_ode_backward", _GRU_ODE_BACKWARD, _ACCUMULATORS),
+    *_each("gru_ode", {"gru_ode_fwd": "Filter"}, _ACCUMULATORS),
+    *_each("gru_ode_backward", {"gru_ode_bwd": "FilterBackward"}, _ACCUMULATORS),
+    *_each("gru_ode_adaptive", _GRU_ODE_ADAPTIVE, _ACCUMULATORS),
     *_each("planar", {"planar_fwd": "StepsForward", "planar_bwd": "StepsBackward"}, _BOTH_WAYS),
     *_each("planar", {"planar_finish": "StepsFinish"}, _ACCUMULATORS),
     *_each("radial", {"radial_fwd": "StepsForward", "radial_bwd": "StepsBackward"}, _BOTH_WAYS),
