@@ -6,6 +6,7 @@ this file is also the program that they run.
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 import subprocess
@@ -33,10 +34,11 @@ CHECKS = {
     "float16": TINY,
 }
 # a program for every sample, which the interpreter runs for a while: tiny sizes, the self-test's cases beside float32
-SLOW = ("autoregressive", "sylvester")
+SLOW = ("autoregressive", "sylvester", "gru_ode")
 # what is seen of the autograd.Function around the kernels is the same for all cases of an op
 FEW = ("logdet", "gradcheck")
-UNDIFFERENTIATED = ("wavenet-generation",)  # what it has of gradients is that of wavenet-plain
+# what it has of gradients is that of wavenet-plain; finite differences of a filter take minutes
+UNDIFFERENTIATED = ("wavenet-generation", "gru_ode-full-euler-dropout", "gru_ode-minimal-euler-impute")
 QUICK = (
     *("coupling-sigmoid2-forward", "coupling-index-vector", "actnorm-image-inverse", "conv1x1-image-bias"),
     *("conv1x1-weights-lu-actnorm-inverse", "gaussian-kl-softplus", "trace-concat_squash-silu-1-wide"),
@@ -86,6 +88,10 @@ def test_samples_in_parts():
 
 def test_flows_of_steps_in_rounds():
     run("rounds")
+
+
+def test_filters_in_windows():
+    run("filters")
 
 
 def test_index_out_of_range():
@@ -236,6 +242,39 @@ def rounds() -> None:
                 torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9, msg=f"{name} inverse={inverse}")
 
 
+def filters() -> None:
+    """Programs that take more ticks than they keep states of, several rows at a tick; and what is refused."""
+    from test_gru_ode_op import intervals, problem
+
+    from fastflow import BackendError, ops
+    from fastflow.ops.triton import gru_ode, gru_ode_backward
+
+    _untested()
+    gru_ode_backward.TICKS = 2
+    h0, schedule, values, masks, *nets = problem(rows=(3, 0, 2, 1, 1))
+    counts = torch.tensor([2, 0, 1, 0, 0, 3, 1, 0, 4, 2, 1, 0])
+    schedule = schedule._replace(counts=counts, jumps=torch.arange(7) != 1)
+    found = []
+    for backend in ("triton", "reference"):
+        leaves = [t.clone().requires_grad_() for t in (h0, values, nets[0].hidden, *nets[1], *nets[2], *nets[3])]
+        cell, given = nets[0]._replace(hidden=leaves[2]), iter(leaves[3:])
+        made = [type(n)(*(next(given) for _ in n)) for n in nets[1:]]
+        out = ops.gru_ode_filter(leaves[0], schedule, leaves[1], masks, cell, *made, backend=backend)
+        loss = sum((o * o).sum() for o in out[:4])
+        found.append((*out, *torch.autograd.grad(loss, leaves)))
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-11)
+    for change, words in (({"method": "dopri5"}, "adaptive"), ({}, "does not fit")):
+        with pytest.raises(BackendError, match=f"triton: .*{words}"):
+            ops.gru_ode_filter(h0, intervals(schedule), values, masks, *nets, backend="triton", **change)
+        gru_ode.MATRIX = 100
+    gru_ode.MATRIX = 64 * 1024
+    for series in (0, 2):  # nothing to do
+        h, nothing = h0[:series].clone().requires_grad_(), problem(rows=(0,) * series, last=0)[1]
+        out = ops.gru_ode_filter(h, nothing, values[:0], masks[:0], *nets, backend="triton")
+        assert torch.equal(out.state, h) and torch.equal(torch.autograd.grad(out.state.sum(), h)[0], torch.ones_like(h))
+
+
 def index() -> None:
     """A channel that is not there is neither read nor written; the log-determinant says so."""
     from fastflow.ops.coupling import Options
@@ -299,6 +338,7 @@ AHEAD = {
     "trace": ("concat-tanh-3-wide", "concat_squash-silu-1-wide", "concat-tanh-3-wide-signs"),
     "wavenet": ("plain", "generation"),
     "autoregressive": ("nflows", "gate", "residual"),
+    "gru_ode": ("full-euler-dropout", "minimal-euler-impute", "full-midpoint-impute"),
 }
 WIDE = ("coupling-sigmoid2-forward", "gaussian-log_prob-softplus", "gaussian-sample-glow", "gaussian-kl-softplus",
         "actnorm-image-forward", "conv1x1-image-bias")  # fmt: skip
@@ -338,6 +378,7 @@ def ahead(arch: str, family: str) -> None:
     driver.set_active(Driver())
     JITFunction.__getitem__ = launch
     backend.unavailable, backend.refuses = (lambda: None), (lambda tensors: None)
+    importlib.import_module("fastflow.ops.triton.gru_ode").where = lambda *_: None  # is all finite?
     _untested()
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     failures, seen = [], set()
@@ -373,5 +414,7 @@ def ahead(arch: str, family: str) -> None:
 
 
 if __name__ == "__main__":
-    programs = {f.__name__.rstrip("_"): f for f in (table, parts, rounds, index, compile, remember, import_, ahead)}
+    programs = {
+        f.__name__.rstrip("_"): f for f in (table, parts, rounds, filters, index, compile, remember, import_, ahead)
+    }
     programs[sys.argv[1]](*sys.argv[2:])

@@ -25,7 +25,7 @@ from fastflow.ops.ode_method import METHODS, Method
 
 __all__ = ["Cell", "Filtered", "Gru", "Observe", "Prep", "Schedule", "gru_ode_filter"]
 
-FAMILY = Family("gru_ode", gpu=("cuda",))
+FAMILY = Family("gru_ode")
 
 
 class Cell(NamedTuple):
@@ -115,7 +115,7 @@ def _faults() -> Iterator[None]:
         raise SolverError(str(error)) from None
 
 
-@op(f"gru_ode_fwd({_ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)", backends=("cpu", "cuda"))
+@op(f"gru_ode_fwd({_ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)")
 def _forward(kernel, h0, values, masks, *rest):
     rows, channels = values.shape
     pre, post = h0.new_empty(rows, 2 * channels), h0.new_empty(rows, 2 * channels)
@@ -126,10 +126,7 @@ def _forward(kernel, h0, values, masks, *rest):
     return pre, post, state, states, steps
 
 
-@op(
-    f"gru_ode_bwd({_ARGUMENTS}, Tensor states, Tensor gpre, Tensor gpost, Tensor gstate, Tensor gstates) -> Tensor[]",
-    backends=("cpu", "cuda"),
-)
+@op(f"gru_ode_bwd({_ARGUMENTS}, Tensor states, Tensor gpre, Tensor gpost, Tensor gstate, Tensor gstates) -> Tensor[]")
 def _backward(kernel, h0, values, masks, dropout, params, *rest):
     gh0, gvalues, gparams = torch.empty_like(h0), torch.empty_like(values), [torch.empty_like(p) for p in params]
     with _faults():
@@ -279,14 +276,20 @@ def gru_ode_filter(
 def _too_large(
     backend: str, h0: Tensor, values: Tensor, params: list[Tensor], method: Method, impute: bool
 ) -> str | None:
-    """Why a backend cannot serve states of this size, None if it can."""
-    if backend != "cuda":
-        return None
-    from fastflow.ops.cuda.gru_ode import fits
+    """Why a backend cannot serve this method or states of this size, None if it can."""
+    if backend == "triton":
+        from fastflow.ops.triton.gru_ode import MATRIX, matrix_bytes
 
-    if fits(h0.to(accumulator(h0.dtype)), values, params, method.stages, bool(method.error), impute):
-        return None
-    return "a series and what its steps need do not fit into a block's shared memory"
+        if method.error:
+            return f"has no adaptive steps, method={method.name!r}"
+        if matrix_bytes(params, accumulator(h0.dtype)) > MATRIX:
+            return "a matrix of the networks does not fit into a program's registers"
+    elif backend == "cuda":
+        from fastflow.ops.cuda.gru_ode import fits
+
+        if not fits(h0, values, params, method.stages, bool(method.error), impute):
+            return "a series and what its steps need do not fit into a block's shared memory"
+    return None
 
 
 # --- checks -----------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastflow.errors import SolverError
+from fastflow.ops._op import accumulator
 from fastflow.ops.cuda.plan import NULL, Address, Launch, Plan, accumulates, planned
 from fastflow.ops.cuda.shares import add_shares
 from fastflow.ops.cuda.source import Instance
@@ -52,7 +53,7 @@ def _needs(sizes: tuple[int, ...], stages: int, adaptive: bool, impute: bool, ba
 
 
 def _bytes(h0: Tensor, rows: int, beside: int, tile: int) -> int:
-    return beside * tile + rows * (tile | 1) * h0.element_size()
+    return beside * tile + rows * (tile | 1) * accumulator(h0.dtype).itemsize
 
 
 def fits(h0: Tensor, values: Tensor, params: Sequence[Tensor], stages: int, adaptive: bool, impute: bool) -> bool:
