@@ -338,14 +338,17 @@ AHEAD = {
     "trace": ("concat-tanh-3-wide", "concat_squash-silu-1-wide", "concat-tanh-3-wide-signs"),
     "wavenet": ("plain", "generation"),
     "autoregressive": ("nflows", "gate", "residual"),
-    "gru_ode": ("full-euler-dropout", "minimal-euler-impute", "full-midpoint-impute"),
+    "gru_ode": ("full-euler-dropout", "minimal-euler-impute"),
 }
 WIDE = ("coupling-sigmoid2-forward", "gaussian-log_prob-softplus", "gaussian-sample-glow", "gaussian-kl-softplus",
         "actnorm-image-forward", "conv1x1-image-bias")  # fmt: skip
 SIXTEEN_BYTES = r"ld\.global\S*\.(v4\.[bf]32|v2\.[bf]64)|cp\.async\S* .*, (0x10|16)"
 # what a slow path may take, and addresses that a long loop keeps aside for once a layer; why Sylvester's backward has a
 # frame on sm_90 is not known yet
-FRAMES = {("conv1x1", "_substitute"): 16, ("wavenet", "_generate"): 64, ("sylvester", "_backward"): 8}
+FRAMES = {
+    ("conv1x1", "_substitute"): 16, ("wavenet", "_generate"): 64, ("sylvester", "_backward"): 8,
+    ("gru_ode", "_forward"): 16, ("gru_ode", "_backward"): 176,  # of float64; float32 has next to none
+}  # fmt: skip
 HELPERS = ("_finish", "_sum_partials", "_sum_logdet")  # that read a few numbers per sample or channel
 
 

@@ -282,7 +282,7 @@ def padded(params: Sequence[Tensor], h: int, impute: bool, stages: int) -> Padde
     constants = {
         "AT": tuple(at), "DIMS": (h, p, d, q), "GATES": gates, "IMPUTE": impute, "STAGES": stages, "S": SERIES, "H": H,
         "P": P, "M": M, "X": X, "C": C, "ROOM": 2 * SERIES * max(H, P, M, C),
-        "warps": 4 if H * max(H, M, P) <= 4096 else 8,
+        "warps": 4 if matrix_bytes(params, params[0].dtype) <= 4096 else 8,
     }  # fmt: skip
     return Padded(torch.cat(parts), shapes, constants)
 

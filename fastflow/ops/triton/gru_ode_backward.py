@@ -40,7 +40,7 @@ from fastflow.ops.triton.gru_ode import (
     take_step,
     times,
     weights_of,
-)  # fmt: skip
+)
 from fastflow.ops.triton.rows import launch
 from fastflow.ops.triton.tiles import sum_partials
 
