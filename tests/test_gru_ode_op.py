@@ -2,16 +2,13 @@
 
 import math
 
-import emulation
 import pytest
 import torch
 
 from fastflow import ops
 from fastflow.errors import SolverError
 from fastflow.ops.gru_ode import Cell, Gru, Observe, Prep, Schedule
-from fastflow.testing import checks
 from fastflow.testing.case import randn
-from fastflow.testing.gru_ode import make_case
 
 BACKENDS = ("cpu", "reference")
 H, D, P, Q = 7, 2, 4, 3
@@ -91,16 +88,6 @@ def test_as_published(backend, kind, impute, method):
         torch.testing.assert_close(out.pre[rows], pre, rtol=1e-12, atol=1e-12)
         torch.testing.assert_close(out.state[b : b + 1], h, rtol=1e-12, atol=1e-12)
     assert torch.equal(out.state[1], h0[1])  # a series without rows and steps
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-@pytest.mark.parametrize(
-    ("kind", "impute", "method"), [("full", False, "dopri5"), ("minimal", True, "dopri5"), ("full", False, "bosh3")]
-)
-def test_adaptive_kernel_equals_the_reference(kind, impute, method, dtype):
-    case = make_case(kind, impute, method, tol=1e-3)
-    checks.check_forward(case, "cpu", dtype)
-    checks.check_gradient(case, "cpu", dtype)
 
 
 def intervals(schedule):
@@ -251,40 +238,6 @@ def test_a_long_segment():
         out = ops.gru_ode_filter(h0, schedule, values[:1], masks[:1], cell, *nets[1:], backend=backend)
         grads += torch.autograd.grad(out.state.square().sum(), hidden)
     torch.testing.assert_close(*grads, rtol=1e-10, atol=1e-12)
-
-
-@pytest.mark.skipif(emulation.CXX is None, reason="no C++ compiler")
-@pytest.mark.parametrize(("kind", "impute", "method"), [("full", False, "euler"), ("minimal", True, "midpoint")])
-def test_windows_on_a_gpu(emulated, kind, impute, method):
-    """By emulation, the states of more ticks than are kept at once; several rows at the same tick and at a window's
-    end, and a fault."""
-    h0, schedule, values, masks, *nets = problem(rows=(3, 0, 5), kind=kind)
-    counts = torch.tensor([16, 0, 3, 0, 0, 17, 0, 0, 20, 5, 0])
-    schedule = schedule._replace(counts=counts, jumps=torch.arange(8) != 4)
-    dropout = None if impute else (randn(8, 2, P) > 0).double() * 2
-    found = []
-    for backend in ("cuda", "reference"):
-        leaves = [t.clone().requires_grad_() for t in (h0, values, *nets[0][:3], *nets[1], *nets[2], *nets[3])]
-        it = iter(leaves[2:])
-        made = [type(n)(*(next(it) if isinstance(t, torch.Tensor) else t for t in n)) for n in nets]
-        out = ops.gru_ode_filter(
-            *leaves[:1],
-            schedule,
-            leaves[1],
-            masks,
-            *made,
-            dropout=dropout,
-            impute=impute,
-            method=method,
-            backend=backend,
-        )
-        loss = sum((o * randn(*o.shape)).sum() for o in out[:4])
-        found.append((*out, *torch.autograd.grad(loss, leaves, materialize_grads=True)))
-    for a, b in zip(*found, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
-    with pytest.raises(SolverError, match="series 2 at row 3, 0 after"):
-        broken = h0.index_fill(0, torch.tensor(2), math.inf)
-        ops.gru_ode_filter(broken, schedule, values, masks, *nets, backend="cuda")
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

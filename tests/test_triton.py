@@ -6,6 +6,7 @@ this file is also the program that they run.
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 import subprocess
@@ -34,10 +35,11 @@ CHECKS = {
 }
 # a program for every sample, or all stages of many steps, which the interpreter runs for a while: tiny sizes, the
 # self-test's cases beside float32
-SLOW = ("autoregressive", "sylvester", "ode")
+SLOW = ("autoregressive", "sylvester", "ode", "gru_ode")
 # what is seen of the autograd.Function around the kernels is the same for all cases of an op
 FEW = ("logdet", "gradcheck")
-UNDIFFERENTIATED = ("wavenet-generation",)  # what it has of gradients is that of wavenet-plain
+# what it has of gradients is that of wavenet-plain; finite differences of a filter take minutes
+UNDIFFERENTIATED = ("wavenet-generation", "gru_ode-full-euler-dropout", "gru_ode-minimal-euler-impute")
 # dozens of launches for every step: adaptive and fixed ones; half precision is made float32 before the kernels
 ONLY = {"ode": ("ode-dopri5-concat_squash-softplus-1-regularize-back", "ode-rk4-concat-tanh-exact-step-widest-back")}
 QUICK = (
@@ -90,6 +92,10 @@ def test_samples_in_parts():
 
 def test_flows_of_steps_in_rounds():
     run("rounds")
+
+
+def test_filters_in_windows():
+    run("filters")
 
 
 def test_index_out_of_range():
@@ -246,6 +252,39 @@ def rounds() -> None:
                 torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9, msg=f"{name} inverse={inverse}")
 
 
+def filters() -> None:
+    """Programs that take more ticks than they keep states of, several rows at a tick; and what is refused."""
+    from test_gru_ode_op import intervals, problem
+
+    from fastflow import BackendError, ops
+    from fastflow.ops.triton import gru_ode, gru_ode_backward
+
+    _untested()
+    gru_ode_backward.TICKS = 2
+    h0, schedule, values, masks, *nets = problem(rows=(3, 0, 2, 1, 1))
+    counts = torch.tensor([2, 0, 1, 0, 0, 3, 1, 0, 4, 2, 1, 0])
+    schedule = schedule._replace(counts=counts, jumps=torch.arange(7) != 1)
+    found = []
+    for backend in ("triton", "reference"):
+        leaves = [t.clone().requires_grad_() for t in (h0, values, nets[0].hidden, *nets[1], *nets[2], *nets[3])]
+        cell, given = nets[0]._replace(hidden=leaves[2]), iter(leaves[3:])
+        made = [type(n)(*(next(given) for _ in n)) for n in nets[1:]]
+        out = ops.gru_ode_filter(leaves[0], schedule, leaves[1], masks, cell, *made, backend=backend)
+        loss = sum((o * o).sum() for o in out[:4])
+        found.append((*out, *torch.autograd.grad(loss, leaves)))
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-11)
+    for change, words in (({"method": "dopri5"}, "adaptive"), ({}, "does not fit")):
+        with pytest.raises(BackendError, match=f"triton: .*{words}"):
+            ops.gru_ode_filter(h0, intervals(schedule), values, masks, *nets, backend="triton", **change)
+        gru_ode.MATRIX = 100
+    gru_ode.MATRIX = 64 * 1024
+    for series in (0, 2):  # nothing to do
+        h, nothing = h0[:series].clone().requires_grad_(), problem(rows=(0,) * series, last=0)[1]
+        out = ops.gru_ode_filter(h, nothing, values[:0], masks[:0], *nets, backend="triton")
+        assert torch.equal(out.state, h) and torch.equal(torch.autograd.grad(out.state.sum(), h)[0], torch.ones_like(h))
+
+
 def index() -> None:
     """A channel that is not there is neither read nor written; the log-determinant says so."""
     from fastflow.ops.coupling import Options
@@ -310,13 +349,17 @@ AHEAD = {
     "wavenet": ("plain", "generation"),
     "autoregressive": ("nflows", "gate", "residual"),
     "ode": ("dopri5-concat_squash-softplus-1-regularize-back", "rk4-concat_squash-tanh-2-regularize-step-back"),
+    "gru_ode": ("full-euler-dropout", "minimal-euler-impute"),
 }
 WIDE = ("coupling-sigmoid2-forward", "gaussian-log_prob-softplus", "gaussian-sample-glow", "gaussian-kl-softplus",
         "actnorm-image-forward", "conv1x1-image-bias")  # fmt: skip
 SIXTEEN_BYTES = r"ld\.global\S*\.(v4\.[bf]32|v2\.[bf]64)|cp\.async\S* .*, (0x10|16)"
 # what a slow path may take, and addresses that a long loop keeps aside for once a layer; why Sylvester's backward has a
 # frame on sm_90 is not known yet
-FRAMES = {("conv1x1", "_substitute"): 16, ("wavenet", "_generate"): 64, ("sylvester", "_backward"): 8}
+FRAMES = {
+    ("conv1x1", "_substitute"): 16, ("wavenet", "_generate"): 64, ("sylvester", "_backward"): 8,
+    ("gru_ode", "_forward"): 16, ("gru_ode", "_backward"): 176,  # of float64; float32 has next to none
+}  # fmt: skip
 HELPERS = ("_finish", "_sum_partials", "_sum_logdet")  # that read a few numbers per sample or channel
 
 
@@ -351,6 +394,7 @@ def ahead(arch: str, family: str) -> None:
     JITFunction.__getitem__ = launch
     ode_stages.until_done = lambda turn, *_: turn()  # nothing runs that could end a solve
     backend.unavailable, backend.refuses = (lambda: None), (lambda tensors: None)
+    importlib.import_module("fastflow.ops.triton.gru_ode").where = lambda *_: None  # is all finite?
     _untested()
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     failures, seen = [], set()
@@ -389,5 +433,7 @@ def ahead(arch: str, family: str) -> None:
 
 
 if __name__ == "__main__":
-    programs = {f.__name__.rstrip("_"): f for f in (table, parts, rounds, index, compile, remember, import_, ahead)}
+    programs = {
+        f.__name__.rstrip("_"): f for f in (table, parts, rounds, filters, index, compile, remember, import_, ahead)
+    }
     programs[sys.argv[1]](*sys.argv[2:])

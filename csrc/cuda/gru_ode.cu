@@ -15,7 +15,6 @@ FF_D void gru_ode_fwd(const Filter& a) {
   const JumpRows<T> j = take_jump(t);
   const T* all = t.of(a.weights);
   const Weights<T> w = {staged(t, all), all};
-  const int64_t H = a.H, D = a.D;
   load_states(t, h);
   start_clocks(t);
   each_series(t, [&](int b) {
@@ -25,30 +24,11 @@ FF_D void gru_ode_fwd(const Filter& a) {
     to[0] = total * a.stages, to[1] = total, to[2] = 0;
   });
   for (;;) {
-    while (next_rows(t)) {
-      observe(t, all, h, true, 0, j.q, j.p);
-      each(t, 2 * D, [&](int i, int b) {
-        if (t.event[b] < 0) return;
-        reinterpret_cast<T*>(a.pre)[t.event[b] * 2 * D + i] = j.p[i * t.row + b];
-        if (!jumps(t, b)) reinterpret_cast<T*>(a.post)[t.event[b] * 2 * D + i] = j.p[i * t.row + b];
-      });
-      leap(t, all, j, h, fresh);
-      each(t, H, [&](int i, int b) {
-        T& state = h[i * t.row + b];
-        if (jumps(t, b)) state = fresh[i * t.row + b];
-        if (t.event[b] >= 0) reinterpret_cast<T*>(a.states)[t.event[b] * H + i] = state;
-      });
-      observe(t, all, h, true, 1, j.q, j.p);
-      each(t, 2 * D, [&](int i, int b) {
-        if (jumps(t, b)) reinterpret_cast<T*>(a.post)[t.event[b] * 2 * D + i] = j.p[i * t.row + b];
-      });
-    }
+    rows_forward(t, all, j, h, fresh);
     if (!next_step(t, step)) break;
     whole_step(t, w, e, step, k, h);
   }
-  each(t, H, [&](int i, int b) {
-    if (t.valid(b)) reinterpret_cast<T*>(a.state)[(t.first + b) * H + i] = h[i * t.row + b];
-  });
+  store_states(t, h);
 }
 
 }  // namespace fastflow

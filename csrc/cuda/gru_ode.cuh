@@ -2,11 +2,12 @@
 #pragma once
 
 #include "../gru_ode.h"
+#include "../ode.h"
 #include "launch.cuh"
 
 namespace fastflow {
 
-// weights: all parameters one after the other, every matrix transposed; method: b [stages], a [stages, stages]
+// weights: all parameters one after the other, every matrix transposed; method: as Method.pack() lists it
 struct Filter {
   char *h0, *values, *masks, *dropout, *weights, *pre, *post, *state, *states;
   int64_t *offsets, *counts, *ends;  // ends: of every segment, in steps of its series
@@ -41,13 +42,13 @@ template <class T>
 struct SeriesTile {
   const Filter& a;
   const Places at;
-  const int n, row;                 // series of the tile; of a row, padded by one
+  const int n, row;                 // series of the tile; of a row, padded to an odd number
   const int64_t first;              // series
   int64_t *segment, *left, *event;  // of a series: its segment, steps left in it, the row it is at or -1
   T* memory;
 
   FF_D SeriesTile(const Filter& f, double* shared)
-      : a(f), at(f), n(int(f.tile)), row(int(f.tile) + 1), first(int64_t(blockIdx.x) * f.tile) {
+      : a(f), at(f), n(int(f.tile)), row(int(f.tile) | 1), first(int64_t(blockIdx.x) * f.tile) {
     segment = reinterpret_cast<int64_t*>(shared), left = segment + n, event = left + n;
     memory = reinterpret_cast<T*>(event + n);
   }
@@ -278,6 +279,38 @@ FF_D bool next_step(const SeriesTile<T>& t, T* step) {
   return t.any_event();
 }
 
+// All rows that come now: predictions and jumps.
+template <class T>
+FF_D void rows_forward(const SeriesTile<T>& t, const T* all, const JumpRows<T>& j, T* h, T* fresh) {
+  const Filter& a = t.a;
+  const int64_t H = a.H, D = a.D;
+  while (next_rows(t)) {
+    observe(t, all, h, true, 0, j.q, j.p);
+    each(t, 2 * D, [&](int i, int b) {
+      if (t.event[b] < 0) return;
+      reinterpret_cast<T*>(a.pre)[t.event[b] * 2 * D + i] = j.p[i * t.row + b];
+      if (!jumps(t, b)) reinterpret_cast<T*>(a.post)[t.event[b] * 2 * D + i] = j.p[i * t.row + b];
+    });
+    leap(t, all, j, h, fresh);
+    each(t, H, [&](int i, int b) {
+      T& state = h[i * t.row + b];
+      if (jumps(t, b)) state = fresh[i * t.row + b];
+      if (t.event[b] >= 0) reinterpret_cast<T*>(a.states)[t.event[b] * H + i] = state;
+    });
+    observe(t, all, h, true, 1, j.q, j.p);
+    each(t, 2 * D, [&](int i, int b) {
+      if (jumps(t, b)) reinterpret_cast<T*>(a.post)[t.event[b] * 2 * D + i] = j.p[i * t.row + b];
+    });
+  }
+}
+
+template <class T>
+FF_D void store_states(const SeriesTile<T>& t, const T* h) {
+  each(t, t.a.H, [&](int i, int b) {
+    if (t.valid(b)) reinterpret_cast<T*>(t.a.state)[(t.first + b) * t.a.H + i] = h[i * t.row + b];
+  });
+}
+
 // --- steps ----------------------------------------------------------------------------------------------
 
 // `cell` transposed in shared memory behind the rows, or where it is
@@ -301,13 +334,12 @@ FF_D void load_states(const SeriesTile<T>& t, T* h) {
 template <class T>
 FF_D void whole_step(const SeriesTile<T>& t, const Weights<T>& w, const EvaluationRows<T>& e, const T* step, T* k,
                      T* h) {
-  const int stages = int(t.a.stages);
-  const double *b = t.a.method, *a = b + stages;
-  for (int i = 0; i < stages; ++i) {
-    advance(t, a + i * stages, i, step, k, h, e.y);
+  const Tableau m(t.a.method);
+  for (int i = 0; i < m.stages; ++i) {
+    advance(t, m.a + i * m.stages, i, step, k, h, e.y);
     evaluate(t, w, e, k + i * int(t.a.H) * t.row);
   }
-  advance(t, b, stages, step, k, h, h);
+  advance(t, m.b, m.stages, step, k, h, h);
 }
 
 }  // namespace fastflow

@@ -21,12 +21,11 @@ from fastflow.ops import _check
 from fastflow.ops._backend import Family, choose, transformed
 from fastflow.ops._op import accumulator, any_grad, op, reference_vjp, second_order, without_autocast
 from fastflow.ops.gru_ode_reference import CELLS, owners, reference, where
-from fastflow.ops.ode_method import METHODS
+from fastflow.ops.ode_method import METHODS, Method
 
 __all__ = ["Cell", "Filtered", "Gru", "Observe", "Prep", "Schedule", "gru_ode_filter"]
 
-FAMILY = Family("gru_ode", gpu=("cuda",))
-ADAPTIVE = Family("gru_ode", gpu=())  # on a GPU the reference
+FAMILY = Family("gru_ode")
 
 
 class Cell(NamedTuple):
@@ -116,7 +115,7 @@ def _faults() -> Iterator[None]:
         raise SolverError(str(error)) from None
 
 
-@op(f"gru_ode_fwd({_ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)", backends=("cpu", "cuda"))
+@op(f"gru_ode_fwd({_ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)")
 def _forward(kernel, h0, values, masks, *rest):
     rows, channels = values.shape
     pre, post = h0.new_empty(rows, 2 * channels), h0.new_empty(rows, 2 * channels)
@@ -127,10 +126,7 @@ def _forward(kernel, h0, values, masks, *rest):
     return pre, post, state, states, steps
 
 
-@op(
-    f"gru_ode_bwd({_ARGUMENTS}, Tensor states, Tensor gpre, Tensor gpost, Tensor gstate, Tensor gstates) -> Tensor[]",
-    backends=("cpu", "cuda"),
-)
+@op(f"gru_ode_bwd({_ARGUMENTS}, Tensor states, Tensor gpre, Tensor gpost, Tensor gstate, Tensor gstates) -> Tensor[]")
 def _backward(kernel, h0, values, masks, dropout, params, *rest):
     gh0, gvalues, gparams = torch.empty_like(h0), torch.empty_like(values), [torch.empty_like(p) for p in params]
     with _faults():
@@ -251,7 +247,8 @@ def gru_ode_filter(
     _schedule(schedule, values.shape[0], h0.shape[0])
     look = partial(_contents, schedule, values, masks, bool(METHODS[method].error))
     dtype = accumulator(h0.dtype)
-    backend = choose(ADAPTIVE if METHODS[method].error else FAMILY, (h0, values, dropout, *params), backend)
+    limit = partial(_too_large, h0=h0, values=values, params=params, method=METHODS[method], impute=impute)
+    backend = choose(FAMILY, (h0, values, dropout, *params), backend, limit)
     h0, values, dropout, *params = (
         t if t is None or t.dtype == dtype else t.to(dtype) for t in (h0, values, dropout, *params)
     )
@@ -283,6 +280,25 @@ def gru_ode_filter(
         except ValueError:  # the compiled kernel looks at the contents itself, in a pass; here is said what is wrong
             look()
             raise
+
+
+def _too_large(
+    backend: str, h0: Tensor, values: Tensor, params: list[Tensor], method: Method, impute: bool
+) -> str | None:
+    """Why a backend cannot serve this method or states of this size, None if it can."""
+    if backend == "triton":
+        from fastflow.ops.triton.gru_ode import MATRIX, matrix_bytes
+
+        if method.error:
+            return f"has no adaptive steps, method={method.name!r}"
+        if matrix_bytes(params, accumulator(h0.dtype)) > MATRIX:
+            return "a matrix of the networks does not fit into a program's registers"
+    elif backend == "cuda":
+        from fastflow.ops.cuda.gru_ode import fits
+
+        if not fits(h0, values, params, method.stages, bool(method.error), impute):
+            return "a series and what its steps need do not fit into a block's shared memory"
+    return None
 
 
 # --- checks -----------------------------------------------------------------------------------------

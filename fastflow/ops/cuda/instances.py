@@ -19,6 +19,8 @@ RESIDENT = {
     "conv1x1_bwd": 2,
     "gru_ode_fwd": 2,
     "gru_ode_bwd": 1,
+    "gru_ode_adaptive_fwd": 1,
+    "gru_ode_adaptive_bwd": 1,
     "ode_solve": 1,
     "ode_step": 2,
     "ode_bwd": 2,
@@ -96,6 +98,7 @@ def _sweeps() -> list[Instance]:
     return [Instance("autoregressive", k, a, t, 128) for k, a in kernels.items() for t in _ACCUMULATORS]
 
 
+_GRU_ODE_ADAPTIVE = {"gru_ode_adaptive_fwd": "AdaptiveFilter", "gru_ode_adaptive_bwd": "AdaptiveBackward"}
 _MLP_COUPLING = {
     "mlp_coupling_fwd": "StackForward",
     "mlp_coupling_bwd": "StackBackward",
@@ -117,6 +120,7 @@ USUAL = [
     *_steps("gaussian", {"gaussian_kl_fwd": "KlForward", "gaussian_kl_bwd": "KlBackward"}, _TWO),
     *_each("gru_ode", {"gru_ode_fwd": "Filter"}, _ACCUMULATORS),
     *_each("gru_ode_backward", {"gru_ode_bwd": "FilterBackward"}, _ACCUMULATORS),
+    *_each("gru_ode_adaptive", _GRU_ODE_ADAPTIVE, _ACCUMULATORS),
     *_each("planar", {"planar_fwd": "StepsForward", "planar_bwd": "StepsBackward"}, _BOTH_WAYS),
     *_each("planar", {"planar_finish": "StepsFinish"}, _ACCUMULATORS),
     *_each("radial", {"radial_fwd": "StepsForward", "radial_bwd": "StepsBackward"}, _BOTH_WAYS),

@@ -34,6 +34,8 @@ _FAMILIES = {
     "planar": ("planar_fwd", "planar_bwd"),
     "radial": ("radial_fwd", "radial_bwd"),
     "autoregressive": ("autoregressive_fwd", "autoregressive_bwd", "masked_weight_bwd"),
+    "gru_ode": ("gru_ode_fwd",),
+    "gru_ode_backward": ("gru_ode_bwd",),
     "mlp_coupling": ("mlp_coupling_fwd", "mlp_coupling_bwd"),
     "sylvester": ("sylvester_fwd", "sylvester_bwd"),
     "trace": ("trace_rows", "trace_rows_bwd", "trace_contract", "trace_layer_fwd", "trace_layer_bwd"),
