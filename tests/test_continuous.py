@@ -448,6 +448,29 @@ def test_arguments(options, message):
         Continuous(Growth(), **options)
 
 
+@pytest.mark.parametrize("name", ["time", "rtol", "atol", "step_size", "probes", "max_steps", "checkpoints"])
+def test_arguments_of_another_type(name):
+    """Whole numbers are not rounded."""
+    whole = name in ("probes", "max_steps", "checkpoints")
+    for value in ("1", True, torch.ones(2), *([2.5] if whole else [])):
+        with pytest.raises(TypeError, match=f"{name}: expected a {'whole ' * whole}number, got"):
+            Continuous(Growth(), **{name: value})
+
+
+def test_dynamics_are_a_module():
+    for dynamics in (None, lambda t, x: -x):
+        with pytest.raises(TypeError, match=r"dynamics: expected a module \(t, x\) -> dx/dt, got"):
+            Continuous(dynamics)
+
+
+def test_dtypes_that_do_not_go_together():
+    """What the solver hands to a module is not what its parameters are, and the module minds."""
+    with pytest.raises(
+        TypeError, match="parameters of torch.bfloat16 and fail with x of torch.float32, .* half precis"
+    ):
+        Continuous(MLP(3, 3).bfloat16(), trace="exact")(torch.randn(2, 3).bfloat16())
+
+
 @both
 def test_bad_input(fused):
     module, x = flow(network(), fused), randn(4, 3)
@@ -456,10 +479,17 @@ def test_bad_input(fused):
         module(x)
     with pytest.raises(ValueError, match="context: this model takes none"):
         module(randn(4, 3), randn(4, 1))
-    with pytest.raises(ValueError, match=r"times: expected them to rise or to fall"):
+    with pytest.raises(ValueError, match="times: expected finite times that increase or decrease"):
         module.trajectory(randn(4, 3), [0.0, 1.0, 0.5])
+    for times in (1.0, None, "ab"):
+        with pytest.raises(TypeError, match="times: expected at least two numbers, got"):
+            module.trajectory(randn(4, 3), times)
     with pytest.raises(ValueError, match=r"probes: expected \[S, 4, 3\], got \[1, 4, 2\]"):
         module(randn(4, 3), trace="hutchinson", probes=randn(1, 4, 2))
+    with pytest.raises(
+        TypeError, match="x: .*float64 and fail with x of torch.float32|dtype that goes with x of torch.float32"
+    ):
+        module(randn(4, 3).float())
     with pytest.raises(ValueError, match="regularize: expected an exact trace"):
         module.solve(randn(4, 3), [0.0, 1.0], trace=None, regularize=True)
     with pytest.raises(RuntimeError, match="energies: the last call had regularize=False"):

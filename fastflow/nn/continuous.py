@@ -9,13 +9,14 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fastflow.errors import SolverError
 from fastflow.nn import odeint
 from fastflow.nn.base import Bijection, no_context
 from fastflow.nn.dynamics import MLPDynamics
 from fastflow.ops import _check
 from fastflow.ops import trace as traces
 from fastflow.ops._op import accumulator, without_autocast
-from fastflow.ops.ode import Solution, Steps, mlp_ode
+from fastflow.ops.ode import Solution, Steps, checked_times, mlp_ode
 from fastflow.ops.ode_method import METHODS
 
 __all__ = ["Continuous", "Energies"]
@@ -115,20 +116,22 @@ class Continuous(Bijection):
         fused: bool = True,
     ) -> None:
         super().__init__()
+        if not isinstance(dynamics, nn.Module):
+            raise TypeError(f"dynamics: expected a module (t, x) -> dx/dt, got {dynamics!r}")
+        for name, value in (("time", time), ("rtol", rtol), ("atol", atol)):
+            _check.number(name, value)
+        for name, value in (("probes", probes), ("max_steps", max_steps), ("checkpoints", checkpoints)):
+            _check.whole(name, value)
         if not 0 <= time < math.inf:
             raise ValueError(f"time: expected a number of at least 0, got {time}")
         if kind not in traces.KINDS:
             raise ValueError(f"kind: expected one of {', '.join(traces.KINDS)}, got {kind!r}")
-        if probes < 1:
-            raise ValueError(f"probes: expected at least 1, got {probes}")
         if not (rtol >= 0 and atol >= 0 and rtol + atol > 0 and rtol + atol < math.inf):
             raise ValueError(f"rtol, atol: expected numbers of at least 0, not both 0, got {rtol} and {atol}")
-        if step_size is not None and not 0 < step_size < math.inf:
-            raise ValueError(f"step_size: expected a positive number, got {step_size}")
-        if max_steps < 1:
-            raise ValueError(f"max_steps: expected at least 1, got {max_steps}")
-        if checkpoints < 1:
-            raise ValueError(f"checkpoints: expected at least 1, got {checkpoints}")
+        if step_size is not None:
+            _check.number("step_size", step_size)
+            if not 0 < step_size < math.inf:
+                raise ValueError(f"step_size: expected a positive number, got {step_size}")
         product = product or ("jvp" if hasattr(dynamics, "jvp") else "vjp")
         if product not in traces.METHODS:
             raise ValueError(f"product: expected one of {', '.join(traces.METHODS)}, got {product!r}")
@@ -190,7 +193,7 @@ class Continuous(Bijection):
         self._check_trace("trace", trace)
         if regularize and trace not in ("exact", "hutchinson"):
             raise ValueError(f"regularize: expected an exact trace or hutchinson's, got trace={trace!r}")
-        times = _checked_times(times, x)
+        times = checked_times(times)
         if not x.detach().isfinite().all():
             bad = (~x.detach().isfinite()).flatten(1).any(1).nonzero()
             raise ValueError(f"x: expected finite numbers, got others in sample {int(bad[0])}")
@@ -212,7 +215,11 @@ class Continuous(Bijection):
         }  # fmt: skip
         if not self.fused:
             given |= {"trace": trace, "product": self.product, "adjoint": self.adjoint and torch.is_grad_enabled()}
-            return odeint.integrate(self.dynamics, x, times.to(x.device), **given)
+            try:
+                return odeint.integrate(self.dynamics, x, times.to(x.device), **given)
+            except RuntimeError as error:
+                self._explain(error, x.dtype)
+                raise
         return mlp_ode(
             x,
             times,
@@ -226,6 +233,16 @@ class Continuous(Bijection):
             **given,
         )
 
+    def _explain(self, error: RuntimeError, dtype: torch.dtype) -> None:
+        """Raises for parameters of another dtype than x, which may be why the dynamics failed."""
+        others = {p.dtype for p in self.dynamics.parameters() if p.is_floating_point()} - {dtype}
+        if others and not isinstance(error, SolverError):
+            names = " and ".join(sorted(map(str, others)))
+            raise TypeError(
+                f"x: the dynamics have parameters of {names} and fail with x of {dtype}, which the solver hands them; "
+                f"half precision is solved in float32 ({error})"
+            ) from error
+
     def _probes(self, x: Tensor, times: Tensor, trace: Trace, probes: int | Tensor | None) -> Tensor:
         """[S, B, ...], those of a bottleneck as wide as it is."""
         probes = self.probes if probes is None else probes
@@ -237,8 +254,7 @@ class Continuous(Bijection):
         if trace == "bottleneck" and len(x):
             with torch.no_grad():
                 shape = self.dynamics.encoder(times[0].to(x), x).shape
-        if probes < 1:
-            raise ValueError(f"probes: expected at least 1, got {probes}")
+        _check.whole("probes", probes)
         return traces.probes((probes, *shape), self.kind, dtype=x.dtype, device=x.device)
 
     # --- what the last call took ------------------------------------------------------------------------
@@ -315,13 +331,3 @@ def _mean(trace: Tensor | None, value: Tensor) -> Tensor:
     if trace is None:
         return value.new_zeros(value.shape[:2], dtype=accumulator(value.dtype))
     return trace.mean(1) if trace.dim() == 3 else trace
-
-
-def _checked_times(times: Sequence[float] | Tensor, x: Tensor) -> Tensor:
-    times = torch.as_tensor(times, dtype=torch.float64)
-    if times.dim() != 1 or len(times) < 2 or not times.isfinite().all():
-        raise ValueError(f"times: expected at least two finite numbers, got {times.tolist()}")
-    step = times.detach().diff()
-    if (step > 0).any() and (step < 0).any():
-        raise ValueError(f"times: expected them to rise or to fall, got {times.tolist()}")
-    return times

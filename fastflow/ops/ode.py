@@ -273,13 +273,12 @@ def mlp_ode(
         raise ValueError(f"x: expected [B, D] with variables, got {list(x.shape)}")
     if _readable(x) and not (good := x.isfinite().all(1)).all():
         raise ValueError(f"x: expected finite values, got {x[~good][0].tolist()} in sample {int((~good).nonzero()[0])}")
-    times = _times(times)
+    times = checked_times(times)
     fixed = _fixed(method, rtol, atol, step_size)
     if gradient not in ("steps", "adjoint"):
         raise ValueError(f"gradient: expected steps or adjoint, got {gradient!r}")
-    for name, number in (("checkpoints", checkpoints), ("max_steps", max_steps)):
-        if number < 1:
-            raise ValueError(f"{name}: expected at least 1, got {number}")
+    _check.whole("checkpoints", checkpoints)
+    _check.whole("max_steps", max_steps)
     reduce = "none"
     if exact or probes is not None:
         probes, count, seed, reduce = _probes(x, probes, exact)
@@ -338,10 +337,13 @@ def _too_large(
     return "a sample and what its steps need do not fit into a block's shared memory"
 
 
-def _times(times: Sequence[float] | Tensor) -> Tensor:
-    """[T + 1] in float64 on the CPU, checked."""
+def checked_times(times: Sequence[float] | Tensor) -> Tensor:
+    """[T + 1] in float64 on the CPU, monotone."""
     if not isinstance(times, Tensor):
-        times = torch.tensor([float(t) for t in times], dtype=torch.float64)
+        try:
+            times = torch.tensor([float(t) for t in times], dtype=torch.float64)
+        except (TypeError, ValueError):
+            raise TypeError(f"times: expected at least two numbers, got {times!r}") from None
     times = times.to("cpu", torch.float64)
     if times.dim() != 1 or times.shape[0] < 2:
         raise ValueError(f"times: expected at least two, [T + 1], got {list(times.shape)}")
@@ -356,7 +358,9 @@ def _fixed(method: str, rtol: float, atol: float, step_size: float | None) -> bo
     """Are the steps fixed? After checks."""
     if method not in METHODS:
         raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
-    if step_size is not None and not (step_size > 0 and math.isfinite(step_size)):
+    for name, value in (("rtol", rtol), ("atol", atol), *([("step_size", step_size)] if step_size is not None else [])):
+        _check.number(name, value)
+    if step_size is not None and not 0 < step_size < math.inf:
         raise ValueError(f"step_size: expected a positive number, got {step_size}")
     fixed = step_size is not None or not METHODS[method].error
     if not fixed and not (rtol >= 0 and atol >= 0 and 0 < rtol + atol < math.inf):
