@@ -243,6 +243,31 @@ def test_gradient_of_a_learned_end(fused, adjoint):
         assert grad.item() == pytest.approx((values[0] - values[1]) / 2e-4, rel=1e-4)
 
 
+@pytest.mark.parametrize("method", ["dopri5", "rk4"])
+def test_steps_of_the_adjoint(method):
+    """Fused and of modules: as many, but that the norm of the former leaves nothing else out."""
+    found, options = [], {"step_size": 0.1} if method == "rk4" else {"rtol": 1e-6, "atol": 1e-6}
+    for fused in (True, False):
+        module = flow(network(), fused, method=method, adjoint=True, **options)
+        for _ in range(2):  # of the last call
+            z, logdet = module(randn(6, 3))
+            with pytest.raises(RuntimeError, match="adjoint_steps: no backward pass has solved an adjoint"):
+                _ = module.adjoint_steps
+            (z.square().sum() + logdet.sum()).backward()
+        found.append([int(n) for n in module.adjoint_steps])
+        assert [int(n) for n in module.steps] != [0, 0, 0]
+        with pytest.raises(RuntimeError, match="adjoint_steps"):
+            _ = copy.deepcopy(module).adjoint_steps
+    if method == "rk4":
+        assert found == [[28, 7, 0]] * 2
+    else:
+        assert all(evaluations == 2 + 6 * (accepted + rejected) for evaluations, accepted, rejected in found)
+    direct = flow(network())
+    direct(randn(6, 3))[1].sum().backward()
+    with pytest.raises(RuntimeError, match="adjoint_steps"):
+        _ = direct.adjoint_steps
+
+
 @pytest.mark.skipif(not fastflow.ops.ode.KERNELS, reason="the reference keeps every step")
 @pytest.mark.parametrize("adjoint", [False, True], ids=["steps", "adjoint"])
 def test_memory_does_not_grow_with_the_time(adjoint):

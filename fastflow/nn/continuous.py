@@ -75,7 +75,8 @@ class Continuous(Bijection):
             latter where it has one.
         fused: False: MLPs too go through torchdiffeq.
 
-    After every call :attr:`steps` says what the solve took.
+    After every call :attr:`steps` says what the solve took, after a backward pass by the adjoint :attr:`adjoint_steps`
+    what that took.
 
     Raises:
         ValueError: arguments that do not fit together, an x that is not finite, naming the sample.
@@ -143,6 +144,7 @@ class Continuous(Bijection):
         self.regularize, self.max_steps, self.product = regularize, max_steps, product
         self.fused = fused and isinstance(dynamics, MLPDynamics) and method in METHODS
         self._last: Solution | None = None
+        self._backward: list[Steps] | odeint.Watch | None = None  # what counts the steps of an adjoint
         for each in (trace, eval_trace):
             self._check_trace("trace", each)
         if not self.fused:
@@ -211,15 +213,17 @@ class Continuous(Bijection):
         e = None if trace in ("exact", None) else self._probes(x, times, trace, probes)
         given: dict[str, Any] = {
             "probes": e, "regularize": regularize, "method": self.method, "rtol": self.rtol, "atol": self.atol,
-            "step_size": self.step_size, "max_steps": self.max_steps,
+            "step_size": self.step_size,
         }  # fmt: skip
         if not self.fused:
+            self._backward = odeint.Watch(self.method, self.max_steps)
             given |= {"trace": trace, "product": self.product, "adjoint": self.adjoint and torch.is_grad_enabled()}
             try:
-                return odeint.integrate(self.dynamics, x, times.to(x.device), **given)
+                return odeint.integrate(self.dynamics, x, times.to(x.device), watch=self._backward, **given)
             except RuntimeError as error:
                 self._explain(error, x.dtype)
                 raise
+        self._backward = []
         return mlp_ode(
             x,
             times,
@@ -230,6 +234,8 @@ class Continuous(Bijection):
             per_sample=self.per_sample,
             gradient="adjoint" if self.adjoint else "steps",
             checkpoints=self.checkpoints,
+            max_steps=self.max_steps,
+            report=self._backward.append,
             **given,
         )
 
@@ -265,6 +271,17 @@ class Continuous(Bijection):
         return self._of_last().steps
 
     @property
+    def adjoint_steps(self) -> Steps:
+        """As :attr:`steps`, of the backward solve: of all backward passes since the last call, by the adjoint."""
+        if isinstance(self._backward, odeint.Watch):
+            taken = [self._backward.steps()] if self._backward.evaluations else []
+        else:
+            taken = self._backward or []
+        if not (self.adjoint and taken):
+            raise RuntimeError("adjoint_steps: no backward pass has solved an adjoint since the last call")
+        return Steps(*(torch.stack(counts).sum(0) for counts in zip(*taken, strict=True)))
+
+    @property
     def energies(self) -> Energies:
         """Of the last call, with ``regularize``; they have the graph of that call."""
         last = self._of_last()
@@ -287,7 +304,7 @@ class Continuous(Bijection):
 
     def __getstate__(self) -> dict[str, Any]:
         # the last call is not part of a copy: its tensors belong to a graph
-        return {**self.__dict__, "_last": None}
+        return {**self.__dict__, "_last": None, "_backward": None}
 
     # --- small things -----------------------------------------------------------------------------------
 
