@@ -236,6 +236,9 @@ def test_bad_arguments():
     ):
         with pytest.raises(ValueError, match=message):
             FFJORD(2, **arguments)
+    for name, value in (("features", 2.0), ("blocks", 1.5), ("hidden", 64), ("hidden", "64-64")):
+        with pytest.raises(TypeError, match=f"{name}: expected"):
+            FFJORD(**{"features": 2, name: value})
     model = ffjord()
     for call in (lambda c: model(randn(3, 2).float(), c), lambda c: model.sample(3, c)):
         with pytest.raises(ValueError, match="context: this model takes none"):

@@ -529,6 +529,20 @@ def test_a_module_that_changes_the_shape():
         Continuous(MLP(3, 2), trace="exact")(torch.randn(4, 3))
 
 
+def test_a_compiled_module():
+    """torchdiffeq's loops stay as they are."""
+    module, x, e = Continuous(MLP(3, 3), adjoint=True), torch.randn(4, 3), torch.randn(2, 4, 3)
+
+    def run(x):
+        z, logdet = module(x, probes=e)
+        return z.sum() + logdet.sum()
+
+    found = [torch.autograd.grad(f(x), list(module.parameters())) for f in (run, torch.compile(run, backend="eager"))]
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
+    assert module.adjoint_steps.evaluations > 0
+
+
 def test_without_torchdiffeq(monkeypatch):
     monkeypatch.setitem(sys.modules, "torchdiffeq", None)
     with pytest.raises(ImportError, match=r"needs torchdiffeq, which is not installed: pip install 'fastflow\[ode\]'"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -24,6 +25,8 @@ __all__ = ["Continuous", "Energies"]
 TRACES = ("exact", "hutchinson", "bottleneck", None)
 
 Trace = Literal["exact", "hutchinson", "bottleneck"]
+
+_uncompiled = torch._disable_dynamo(odeint.integrate)  # torchdiffeq's loops; it is torch.compiler.disable, at first use
 
 
 class Energies(NamedTuple):
@@ -218,8 +221,10 @@ class Continuous(Bijection):
         if not self.fused:
             self._backward = odeint.Watch(self.method, self.max_steps)
             given |= {"trace": trace, "product": self.product, "adjoint": self.adjoint and torch.is_grad_enabled()}
+            # frames that torch.compile has given up are not "compiling"; the import that it takes costs seconds
+            integrate = _uncompiled if "torch._dynamo" in sys.modules else odeint.integrate
             try:
-                return odeint.integrate(self.dynamics, x, times.to(x.device), watch=self._backward, **given)
+                return integrate(self.dynamics, x, times.to(x.device), watch=self._backward, **given)
             except RuntimeError as error:
                 self._explain(error, x.dtype)
                 raise
