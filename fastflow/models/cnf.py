@@ -165,6 +165,8 @@ class CNF(ContinuousFlow):
         time, train_time, eval_trace, probes, kind, rtol, atol, step_size, per_sample, adjoint, checkpoints, max_steps:
             as for :class:`fastflow.nn.Continuous`.
 
+    The model is of the dtype and on the device of the dynamics it is given, and moves as a whole with ``to``.
+
     ``config`` rebuilds the model where the dynamics are data or one of fastflow's; a module of your own is passed
     again.
 

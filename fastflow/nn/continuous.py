@@ -30,7 +30,8 @@ _uncompiled = torch._disable_dynamo(odeint.integrate)  # torchdiffeq's loops; it
 
 
 class Energies(NamedTuple):
-    """Of every sample [B]: the integrals over the time of |f|^2, and of |J e|^2 (the squared Frobenius norm of J)."""
+    """Of every sample [B]: the integrals over the time of |f|^2, and of the mean of |J e|^2 over the probes (an unbiased
+    estimate of the squared Frobenius norm of J; that itself with an exact trace)."""
 
     kinetic: Tensor
     jacobian: Tensor
@@ -47,7 +48,9 @@ class Continuous(Bijection):
 
     Args:
         dynamics: a module (t, x [B, ...]) -> dx/dt that does not mix samples. Exact traces ask it for
-            ``value_and_trace(t, x)`` where it has that method.
+            ``value_and_trace(t, x)`` where it has that method. It is called with x in float32 or float64, whatever the
+            dtype of its parameters: move it together with what it is given. There is no context: dynamics that
+            depend on something else hold it.
         time: T.
         train_time: makes :math:`T = \tau^2` with a learned parameter ``sqrt_time``, :math:`\tau`.
         trace: ``exact``, by D unit tangents, for small D; ``hutchinson``, the mean of e . J e over random probes e,
@@ -71,7 +74,9 @@ class Continuous(Bijection):
             off by an error of the size of the tolerances, more where the dynamics contract. It has no second
             derivatives for modules.
         checkpoints: states that the exact gradient of a fused solve keeps; those between are recomputed.
-        regularize: integrates :class:`Energies` beside the state: see :attr:`energies`.
+        regularize: integrates :class:`Energies` beside the state: see :attr:`energies`. Of modules in reverse mode
+            (``product``) the second is made of the products at hand, :math:`|J^\top e|^2`: other numbers for the same
+            probes, with the same mean, :math:`\|J\|_F^2`; of exact traces they are equal.
         max_steps: more of them raise ``SolverError``.
         product: how the trace of a module is taken, in reverse mode (``vjp``) or in forward mode (``jvp``), by the
             module's own method ``jvp(t, x, tangents [S, B, ...]) -> (value, products)`` where it has one; None: the
