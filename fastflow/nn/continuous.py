@@ -30,8 +30,8 @@ _uncompiled = torch._disable_dynamo(odeint.integrate)  # torchdiffeq's loops; it
 
 
 class Energies(NamedTuple):
-    """Of every sample [B]: the integrals over the time of |f|^2, and of the mean of |J e|^2 over the probes (an unbiased
-    estimate of the squared Frobenius norm of J; that itself with an exact trace)."""
+    """Of every sample [B]: the integrals over the time of |f|^2, and of the mean of |J e|^2 over the probes (an
+    unbiased estimate of the squared Frobenius norm of J; that itself with an exact trace)."""
 
     kinetic: Tensor
     jacobian: Tensor

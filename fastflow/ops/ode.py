@@ -254,8 +254,8 @@ def mlp_ode(
             the steps, in plain PyTorch, with all of them in memory.
         checkpoints: how many states are kept for ``steps``; those between are computed again, values alone, a block of
             samples at a time. So memory does not grow with the number of steps in either way.
-        max_steps: of attempts, accepted or not. A solve is one call: Ctrl-C is heard when it has returned, after at most
-            so many attempts of as many evaluations as the method has stages.
+        max_steps: of attempts, accepted or not. A solve is one call: Ctrl-C is heard when it has returned, after at
+            most so many attempts of as many evaluations as the method has stages.
         report: is called in the backward pass with what the solve of the adjoint took, over all its outputs; never for
             ``gradient="steps"``, which makes none, nor in what torch.compile makes.
         backend: a backend by name; None chooses.
