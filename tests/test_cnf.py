@@ -206,8 +206,18 @@ def test_presets(name):
     assert model(torch.randn(2, model.config["features"])).isfinite().all()
 
 
+@pytest.mark.parametrize("dynamics", [MLPDynamics(2, (4,)), PlanarDynamics(2, 4, 4)], ids=["mlp", "planar"])
+def test_samples_have_the_dtype_of_the_dynamics(dynamics):
+    model = CNF(copy.deepcopy(dynamics).double(), base_std=0.5)
+    assert model.sample(3).dtype == model(model.sample(3)).dtype == torch.float64
+    assert model.float().sample(3).dtype == torch.float32
+
+
 def test_bad_arguments():
+    with pytest.raises(TypeError, match="dynamics: expected a module .* or a mapping, got <function"):
+        CNF(lambda t, x: -x, 2)
     for arguments, message in (
+        ({"dynamics": MLPDynamics(3), "features": 2}, "features: expected 3, those of the dynamics, got 2"),
         ({"dynamics": {"kind": "other"}}, "dynamics: expected a module or the kind mlp or planar, got"),
         ({"dynamics": nn.Linear(2, 2)}, "features: expected the shape of a sample"),
         ({"dynamics": MLPDynamics(2), "trace": None}, "trace: a density needs one"),
@@ -226,6 +236,9 @@ def test_bad_arguments():
     ):
         with pytest.raises(ValueError, match=message):
             FFJORD(2, **arguments)
+    for name, value in (("features", 2.0), ("blocks", 1.5), ("hidden", 64), ("hidden", "64-64")):
+        with pytest.raises(TypeError, match=f"{name}: expected"):
+            FFJORD(**{"features": 2, name: value})
     model = ffjord()
     for call in (lambda c: model(randn(3, 2).float(), c), lambda c: model.sample(3, c)):
         with pytest.raises(ValueError, match="context: this model takes none"):

@@ -243,6 +243,31 @@ def test_gradient_of_a_learned_end(fused, adjoint):
         assert grad.item() == pytest.approx((values[0] - values[1]) / 2e-4, rel=1e-4)
 
 
+@pytest.mark.parametrize("method", ["dopri5", "rk4"])
+def test_steps_of_the_adjoint(method):
+    """Fused and of modules: as many, but that the norm of the former leaves nothing else out."""
+    found, options = [], {"step_size": 0.1} if method == "rk4" else {"rtol": 1e-6, "atol": 1e-6}
+    for fused in (True, False):
+        module = flow(network(), fused, method=method, adjoint=True, **options)
+        for _ in range(2):  # of the last call
+            z, logdet = module(randn(6, 3))
+            with pytest.raises(RuntimeError, match="adjoint_steps: no backward pass has solved an adjoint"):
+                _ = module.adjoint_steps
+            (z.square().sum() + logdet.sum()).backward()
+        found.append([int(n) for n in module.adjoint_steps])
+        assert [int(n) for n in module.steps] != [0, 0, 0]
+        with pytest.raises(RuntimeError, match="adjoint_steps"):
+            _ = copy.deepcopy(module).adjoint_steps
+    if method == "rk4":
+        assert found == [[28, 7, 0]] * 2
+    else:
+        assert all(evaluations == 2 + 6 * (accepted + rejected) for evaluations, accepted, rejected in found)
+    direct = flow(network())
+    direct(randn(6, 3))[1].sum().backward()
+    with pytest.raises(RuntimeError, match="adjoint_steps"):
+        _ = direct.adjoint_steps
+
+
 @pytest.mark.skipif(not fastflow.ops.ode.KERNELS, reason="the reference keeps every step")
 @pytest.mark.parametrize("adjoint", [False, True], ids=["steps", "adjoint"])
 def test_memory_does_not_grow_with_the_time(adjoint):
@@ -448,6 +473,29 @@ def test_arguments(options, message):
         Continuous(Growth(), **options)
 
 
+@pytest.mark.parametrize("name", ["time", "rtol", "atol", "step_size", "probes", "max_steps", "checkpoints"])
+def test_arguments_of_another_type(name):
+    """Whole numbers are not rounded."""
+    whole = name in ("probes", "max_steps", "checkpoints")
+    for value in ("1", True, torch.ones(2), *([2.5] if whole else [])):
+        with pytest.raises(TypeError, match=f"{name}: expected a {'whole ' * whole}number, got"):
+            Continuous(Growth(), **{name: value})
+
+
+def test_dynamics_are_a_module():
+    for dynamics in (None, lambda t, x: -x):
+        with pytest.raises(TypeError, match=r"dynamics: expected a module \(t, x\) -> dx/dt, got"):
+            Continuous(dynamics)
+
+
+def test_dtypes_that_do_not_go_together():
+    """What the solver hands to a module is not what its parameters are, and the module minds."""
+    with pytest.raises(
+        TypeError, match="parameters of torch.bfloat16 and fail with x of torch.float32, .* half precis"
+    ):
+        Continuous(MLP(3, 3).bfloat16(), trace="exact")(torch.randn(2, 3).bfloat16())
+
+
 @both
 def test_bad_input(fused):
     module, x = flow(network(), fused), randn(4, 3)
@@ -456,10 +504,17 @@ def test_bad_input(fused):
         module(x)
     with pytest.raises(ValueError, match="context: this model takes none"):
         module(randn(4, 3), randn(4, 1))
-    with pytest.raises(ValueError, match=r"times: expected them to rise or to fall"):
+    with pytest.raises(ValueError, match="times: expected finite times that increase or decrease"):
         module.trajectory(randn(4, 3), [0.0, 1.0, 0.5])
+    for times in (1.0, None, "ab"):
+        with pytest.raises(TypeError, match="times: expected at least two numbers, got"):
+            module.trajectory(randn(4, 3), times)
     with pytest.raises(ValueError, match=r"probes: expected \[S, 4, 3\], got \[1, 4, 2\]"):
         module(randn(4, 3), trace="hutchinson", probes=randn(1, 4, 2))
+    with pytest.raises(
+        TypeError, match="x: .*float64 and fail with x of torch.float32|dtype that goes with x of torch.float32"
+    ):
+        module(randn(4, 3).float())
     with pytest.raises(ValueError, match="regularize: expected an exact trace"):
         module.solve(randn(4, 3), [0.0, 1.0], trace=None, regularize=True)
     with pytest.raises(RuntimeError, match="energies: the last call had regularize=False"):
@@ -472,6 +527,20 @@ def test_a_module_that_changes_the_shape():
     pytest.importorskip("torchdiffeq")
     with pytest.raises(ValueError, match=r"expected an output of shape \[4, 3\] like x, got \[4, 2\]"):
         Continuous(MLP(3, 2), trace="exact")(torch.randn(4, 3))
+
+
+def test_a_compiled_module():
+    """torchdiffeq's loops stay as they are."""
+    module, x, e = Continuous(MLP(3, 3), adjoint=True), torch.randn(4, 3), torch.randn(2, 4, 3)
+
+    def run(x):
+        z, logdet = module(x, probes=e)
+        return z.sum() + logdet.sum()
+
+    found = [torch.autograd.grad(f(x), list(module.parameters())) for f in (run, torch.compile(run, backend="eager"))]
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
+    assert module.adjoint_steps.evaluations > 0
 
 
 def test_without_torchdiffeq(monkeypatch):

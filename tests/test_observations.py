@@ -54,6 +54,14 @@ def test_missing_values_mean_nothing():
     assert Observations.from_lists(given[0], [[[1.0, float("nan")], [0.0, 2.0]]]).masks.tolist() == [[1, 0], [1, 1]]
 
 
+def test_gradients_of_values_and_covariates():
+    """Of a batch as a tensor; times have none."""
+    x = series(dtype=torch.float64).to_tensor().requires_grad_()
+    made = Observations.from_tensor(x, 2)
+    (grad,) = torch.autograd.grad(made.values.sum() + made.covariates.sum(), x)
+    assert torch.equal(grad[..., 1:3], x[..., 3:5]) and not grad[..., 0].any()
+
+
 @pytest.mark.parametrize(
     "times, value, mask, message",
     [

@@ -398,6 +398,7 @@ def test_zero_absolute_or_relative_tolerance(backend):
 
 X = torch.zeros(4, 3)
 PLAIN = [(torch.zeros(5, 3), torch.zeros(5)), (torch.zeros(3, 5), torch.zeros(3))]
+LINEAR = torch.nn.Linear(3, 3)
 
 
 def run(x=X, times=(0, 1), layers=PLAIN, layer="ignore", **options):
@@ -424,6 +425,14 @@ def run(x=X, times=(0, 1), layers=PLAIN, layer="ignore", **options):
         (ValueError, "method: expected one of euler", lambda: run(method="heun")),
         (ValueError, "step_size: expected a positive", lambda: run(step_size=0.0)),
         (ValueError, "gradient: expected steps or adjoint", lambda: run(gradient="both")),
+        (TypeError, "times: expected at least two numbers, got 1", lambda: run(times=1)),
+        (TypeError, "times: expected at least two numbers, got None", lambda: run(times=None)),
+        (TypeError, "max_steps: expected a whole number, got 2.5", lambda: run(max_steps=2.5)),
+        (TypeError, "checkpoints: expected a whole number, got None", lambda: run(checkpoints=None)),
+        (TypeError, "rtol: expected a number, got 'small'", lambda: run(rtol="small")),
+        (TypeError, "step_size: expected a number", lambda: run(step_size=torch.ones(2))),
+        (TypeError, "layers: expected a list of the tensors of every layer, got Linear", lambda: run(layers=LINEAR)),
+        (TypeError, r"layers\[0\]: expected \(weight, bias\), got Linear", lambda: run(layers=[LINEAR])),
         (ValueError, "checkpoints: expected at least 1", lambda: run(checkpoints=0)),
         (ValueError, "max_steps: expected at least 1", lambda: run(max_steps=0)),
         (ValueError, "probes: expected either .* both", lambda: run(exact=True, probes=X)),

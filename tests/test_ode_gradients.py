@@ -42,6 +42,27 @@ def test_adjoint(times, exact, per_sample, backend):
 
 
 @every_backend
+@pytest.mark.parametrize("per_sample", [False, True])
+def test_adjoints_report_what_they_took(per_sample, backend):
+    """Over all outputs; dopri5 evaluates twice to begin and six times in every attempt."""
+    x, layers = problem()
+    given, taken = [[p.clone().requires_grad_() for p in one] for one in layers], []
+    options = {"layer": "concat_squash", "exact": True, "per_sample": per_sample, "backend": backend}
+    for gradient in ("steps", "adjoint"):
+        solution = ops.mlp_ode(x, (0, 0.4, 0.4, 1), given, gradient=gradient, report=taken.append, **options)
+        solution.trace.sum().backward(retain_graph=True)
+        assert len(taken) == (gradient == "adjoint")
+    (steps,) = taken
+    assert steps.evaluations.shape == ((6,) if per_sample else ())
+    assert (steps.accepted >= 2).all() and (steps.evaluations == 2 * 2 + 6 * (steps.accepted + steps.rejected)).all()
+    solution.trace.sum().backward()
+    assert all(torch.equal(one, other) for one, other in zip(*taken, strict=True))
+    fixed = {**options, "method": "rk4", "step_size": 0.125}
+    ops.mlp_ode(x, (1, 0), given, gradient="adjoint", report=taken.append, **fixed).value.sum().backward()
+    assert [int(n.max()) for n in taken[-1]] == [32, 8, 0]
+
+
+@every_backend
 @pytest.mark.parametrize("method", METHODS)
 def test_gradient_of_the_times(method, backend):
     """The solution's own dependence on its first, last and inner times, by finite differences."""

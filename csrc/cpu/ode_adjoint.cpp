@@ -101,8 +101,8 @@ struct Adjoint {
 };
 
 template <Activation kind, class T>
-void solve(const Problem<T>& p, int64_t max_steps, const View& values, const Gradients& grads, const View& gx,
-           const std::vector<View>& graw) {
+void solve(const Problem<T>& p, int64_t max_steps, const View& values, const Gradients& grads, const View& counts,
+           const View& gx, const std::vector<View>& graw) {
   Partials<T> sums(p.net, p.blocks());
   std::vector<double> times;
   Adjoint<kind, T> system{p, times, sums, {}, {}};
@@ -137,7 +137,15 @@ void solve(const Problem<T>& p, int64_t max_steps, const View& values, const Gra
         [&](int64_t begin, int64_t end) {
           return Walk{p.method, p.control, times, 0, max_steps, 0, system, blocks, begin, end};
         },
-        [](const Walk&) {});
+        [&](const Walk& walk) {
+          if (!p.control.per_sample && walk.begin > 0) return;
+          for (size_t r = 0; r < walk.controllers.size(); ++r) {
+            const Controller& c = walk.controllers[r];
+            const int64_t row = p.control.per_sample ? blocks[walk.begin].first + int64_t(r) : 0;
+            const int64_t taken[3] = {c.evaluations, c.accepted, c.rejected};
+            for (int64_t i = 0; i < 3; ++i) at<int64_t>(counts, row, i) += taken[i];
+          }
+        });
   }
   for (int64_t k = 0; k < p.blocks(); ++k)
     for (int64_t b = 0; b < blocks[k].count; ++b)
@@ -151,12 +159,12 @@ void solve(const Problem<T>& p, int64_t max_steps, const View& values, const Gra
 void mlp_ode_adjoint(const View& x, const View& times, const View& probes, const std::vector<View>& raw,
                      const std::vector<double>& method, int layer, int activation, const std::vector<double>& control,
                      int64_t max_steps, const View& values, const View& gvalues, const View& gtraces,
-                     const View& genergies, const View& gx, const std::vector<View>& graw) {
+                     const View& genergies, const View& counts, const View& gx, const std::vector<View>& graw) {
   with_accumulator(x.dtype, [&](auto type) {
     using T = decltype(type);
     const Problem<T> p(x, times, probes, raw, method, layer, control, true);
     with_activation(activation, [&](auto a) {
-      solve<a()>(p, max_steps, values, Gradients{gvalues, gtraces, genergies}, gx, graw);
+      solve<a()>(p, max_steps, values, Gradients{gvalues, gtraces, genergies}, counts, gx, graw);
     });
   });
 }

@@ -187,19 +187,19 @@ template <class S>
 FF_D void march(const S& o) {
   begin(o);
   const int s = int(threadIdx.x);
-  const bool mine = s < o.samples, writes = mine && o.ode.steps && o.begin + s < o.ode.controls;
+  const bool mine = s < o.samples, counted = mine && o.begin + s < o.ode.controls;
   if (mine) o.controls[s].phase = kBegin;
   for (;;) {
     if (mine)
       decide(o.rules(), o.controls[s], o.verdicts[s], o.sums + s * kNorms, 1,
-             writes ? o.ode.step(0, o.begin + s) : nullptr);
+             counted && o.ode.steps ? o.ode.step(0, o.begin + s) : nullptr);
     __syncthreads();
     const int64_t phase = agree(o);
     work(o, phase);
     if (phase >= kDone) break;
     __syncthreads();
   }
-  if (writes) count(o.ode, o.controls[s], o.begin + s);
+  if (counted) count(o.ode, o.controls[s], o.begin + s);
   if (mine && o.valid(s)) report(o, o.controls[s], o.begin + s);
 }
 
@@ -247,7 +247,7 @@ FF_D void decide_together(const March<T>& o) {
            first && o.ode.steps ? o.ode.step(0, 0) : nullptr);
   }
   if (first) kept(a, 1 - a.turn) = o.controls[s];
-  if (first && o.ode.steps && o.controls[s].phase >= kDone) count(o.ode, o.controls[s], 0);
+  if (first && o.controls[s].phase >= kDone) count(o.ode, o.controls[s], 0);
   __syncthreads();
 }
 

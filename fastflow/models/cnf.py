@@ -165,6 +165,8 @@ class CNF(ContinuousFlow):
         time, train_time, eval_trace, probes, kind, rtol, atol, step_size, per_sample, adjoint, checkpoints, max_steps:
             as for :class:`fastflow.nn.Continuous`.
 
+    The model is of the dtype and on the device of the dynamics it is given, and moves as a whole with ``to``.
+
     ``config`` rebuilds the model where the dynamics are data or one of fastflow's; a module of your own is passed
     again.
 
@@ -206,15 +208,19 @@ class CNF(ContinuousFlow):
             "adjoint": adjoint, "checkpoints": checkpoints, "max_steps": max_steps,
         }  # fmt: skip
         module = dynamics if isinstance(dynamics, nn.Module) else _dynamics(dynamics)
-        if features is None:
-            features = getattr(module, "features", None)
+        own = getattr(module, "features", None)
+        features = own if features is None else features
         if features is None:
             raise ValueError("features: expected the shape of a sample, as these dynamics have no attribute 'features'")
+        if isinstance(own, int) and features not in (own, (own,), [own]):
+            raise ValueError(f"features: expected {own}, those of the dynamics, got {features}")
         base: Base = StandardNormal(features)
         if base_std != 1:
             base = DiagonalGaussian(features, learned=False)
             base.log_scale.fill_(math.log(base_std))
         super().__init__(base, [Continuous(module, method=solver, **options)], kinetic, jacobian)
+        if (like := next(module.parameters(), None)) is not None:
+            self.base.to(like)  # samples have the dtype and device of the dynamics
         self.config: dict[str, Any] = {
             "dynamics": _described(module), "features": features, "solver": solver, "base_std": base_std,
             "kinetic": kinetic, "jacobian": jacobian, **options,
@@ -273,6 +279,8 @@ _KINDS: dict[str, type[nn.Module]] = {"mlp": MLPDynamics, "planar": PlanarDynami
 
 
 def _dynamics(description: Mapping[str, Any]) -> nn.Module:
+    if not isinstance(description, Mapping):
+        raise TypeError(f"dynamics: expected a module (t, x) -> dx/dt or a mapping, got {description!r}")
     arguments = dict(description)
     kind = arguments.pop("kind", None)
     if kind not in _KINDS:

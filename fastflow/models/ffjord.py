@@ -14,6 +14,7 @@ from fastflow.nn.base_distribution import StandardNormal
 from fastflow.nn.continuous import Continuous, Trace
 from fastflow.nn.dynamics import Activation, LayerKind, MLPDynamics
 from fastflow.nn.moving_batch_norm import MovingBatchNorm
+from fastflow.ops import _check
 
 __all__ = ["FFJORD", "PRESETS"]
 
@@ -77,23 +78,24 @@ class FFJORD(ContinuousFlow):
         kinetic: float = 0.0,
         jacobian: float = 0.0,
     ) -> None:
-        if blocks < 1:
-            raise ValueError(f"blocks: expected at least 1, got {blocks}")
+        _check.whole("blocks", blocks)
         check_traces(trace, eval_trace)
-        network = {"features": features, "hidden": tuple(hidden), "layer": layer, "activation": activation}
+        network = {"features": features, "hidden": hidden, "layer": layer, "activation": activation}
+        dynamics = [MLPDynamics(**network) for _ in range(blocks)]
         solve = {
             "time": time, "train_time": train_time, "trace": trace, "eval_trace": eval_trace, "probes": probes,
             "kind": kind, "method": method, "rtol": rtol, "atol": atol, "step_size": step_size,
             "per_sample": per_sample, "adjoint": adjoint, "checkpoints": checkpoints, "max_steps": max_steps,
         }  # fmt: skip
         layers: list[Bijection] = [MovingBatchNorm(features)] if batch_norm else []
-        for _ in range(blocks):
-            layers.append(Continuous(MLPDynamics(**network), **solve))
+        for each in dynamics:
+            layers.append(Continuous(each, **solve))
             if batch_norm:
                 layers.append(MovingBatchNorm(features))
         super().__init__(StandardNormal(features), layers, kinetic, jacobian)
         self.config: dict[str, Any] = {
-            **network, "blocks": blocks, "batch_norm": batch_norm, **solve, "kinetic": kinetic, "jacobian": jacobian
+            **dynamics[0].config, "blocks": blocks, "batch_norm": batch_norm, **solve,
+            "kinetic": kinetic, "jacobian": jacobian,
         }  # fmt: skip
 
     @classmethod

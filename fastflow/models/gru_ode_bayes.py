@@ -17,6 +17,7 @@ from fastflow.models.gru_ode_stream import GRUODEStream
 from fastflow.nn.clock import CLOCKS, TOLERANCE, Clock, between, until
 from fastflow.nn.gru_ode import Channels, GRUODECell, Jump, PostLoss
 from fastflow.nn.observations import OBSERVED, TARGET, Observations
+from fastflow.ops import _check
 from fastflow.ops.gru_ode import Cell, Filtered, Gru, Observe, Prep, Schedule, gru_ode_filter
 from fastflow.ops.observations import equal_steps
 
@@ -114,9 +115,12 @@ class GRUODEBayes(nn.Module):
         super().__init__()
         self.config = {k: v for k, v in locals().items() if k not in ("self", "__class__")} | {"binary": tuple(binary)}
         sizes = ("features", "hidden", "p_hidden", "prep_hidden", "covariates_hidden", "classes_hidden")
-        for name, least in (*((size, 1) for size in sizes), ("covariates", 0), ("classes", 0), ("mixing", 0)):
-            if not self.config[name] >= least:
-                raise ValueError(f"{name}: expected at least {least}, got {self.config[name]}")
+        for name, least in (*((size, 1) for size in sizes), ("covariates", 0), ("classes", 0)):
+            _check.whole(name, self.config[name], least)
+        for name in ("step", "rtol", "atol", "mixing", "observation_std", "dropout"):
+            _check.number(name, self.config[name])
+        if not mixing >= 0:
+            raise ValueError(f"mixing: expected at least 0, got {mixing}")
         for name, allowed in (
             ("solver", ("euler", "midpoint", "dopri5")),
             ("clock", CLOCKS),
@@ -129,6 +133,8 @@ class GRUODEBayes(nn.Module):
             raise ValueError(f"dropout: expected a number from 0 to below 1{also}, got {dropout}")
         if not 0 < step < math.inf:
             raise ValueError(f"step: expected a positive number, got {step}")
+        if horizon is not None:
+            _check.number("horizon", horizon)
         if horizon is not None and not 0 <= horizon < math.inf:
             raise ValueError(f"horizon: expected a number of at least 0 or None, got {horizon}")
         self.features, self.covariates, self.hidden = features, covariates, hidden

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from fastflow.errors import SolverError
 from fastflow.nn import odeint
 from fastflow.nn.base import Bijection, no_context
 from fastflow.nn.dynamics import MLPDynamics
 from fastflow.ops import _check
 from fastflow.ops import trace as traces
 from fastflow.ops._op import accumulator, without_autocast
-from fastflow.ops.ode import Solution, Steps, mlp_ode
+from fastflow.ops.ode import Solution, Steps, checked_times, mlp_ode
 from fastflow.ops.ode_method import METHODS
 
 __all__ = ["Continuous", "Energies"]
@@ -24,9 +26,12 @@ TRACES = ("exact", "hutchinson", "bottleneck", None)
 
 Trace = Literal["exact", "hutchinson", "bottleneck"]
 
+_uncompiled = torch._disable_dynamo(odeint.integrate)  # torchdiffeq's loops; it is torch.compiler.disable, at first use
+
 
 class Energies(NamedTuple):
-    """Of every sample [B]: the integrals over the time of |f|^2, and of |J e|^2 (the squared Frobenius norm of J)."""
+    """Of every sample [B]: the integrals over the time of |f|^2, and of the mean of |J e|^2 over the probes (an
+    unbiased estimate of the squared Frobenius norm of J; that itself with an exact trace)."""
 
     kinetic: Tensor
     jacobian: Tensor
@@ -43,7 +48,9 @@ class Continuous(Bijection):
 
     Args:
         dynamics: a module (t, x [B, ...]) -> dx/dt that does not mix samples. Exact traces ask it for
-            ``value_and_trace(t, x)`` where it has that method.
+            ``value_and_trace(t, x)`` where it has that method. It is called with x in float32 or float64, whatever the
+            dtype of its parameters: move it together with what it is given. There is no context: dynamics that
+            depend on something else hold it.
         time: T.
         train_time: makes :math:`T = \tau^2` with a learned parameter ``sqrt_time``, :math:`\tau`.
         trace: ``exact``, by D unit tangents, for small D; ``hutchinson``, the mean of e . J e over random probes e,
@@ -67,14 +74,17 @@ class Continuous(Bijection):
             off by an error of the size of the tolerances, more where the dynamics contract. It has no second
             derivatives for modules.
         checkpoints: states that the exact gradient of a fused solve keeps; those between are recomputed.
-        regularize: integrates :class:`Energies` beside the state: see :attr:`energies`.
+        regularize: integrates :class:`Energies` beside the state: see :attr:`energies`. Of modules in reverse mode
+            (``product``) the second is made of the products at hand, :math:`|J^\top e|^2`: other numbers for the same
+            probes, with the same mean, :math:`\|J\|_F^2`; of exact traces they are equal.
         max_steps: more of them raise ``SolverError``.
         product: how the trace of a module is taken, in reverse mode (``vjp``) or in forward mode (``jvp``), by the
             module's own method ``jvp(t, x, tangents [S, B, ...]) -> (value, products)`` where it has one; None: the
             latter where it has one.
         fused: False: MLPs too go through torchdiffeq.
 
-    After every call :attr:`steps` says what the solve took.
+    After every call :attr:`steps` says what the solve took, after a backward pass by the adjoint :attr:`adjoint_steps`
+    what that took.
 
     Raises:
         ValueError: arguments that do not fit together, an x that is not finite, naming the sample.
@@ -115,20 +125,22 @@ class Continuous(Bijection):
         fused: bool = True,
     ) -> None:
         super().__init__()
+        if not isinstance(dynamics, nn.Module):
+            raise TypeError(f"dynamics: expected a module (t, x) -> dx/dt, got {dynamics!r}")
+        for name, value in (("time", time), ("rtol", rtol), ("atol", atol)):
+            _check.number(name, value)
+        for name, value in (("probes", probes), ("max_steps", max_steps), ("checkpoints", checkpoints)):
+            _check.whole(name, value)
         if not 0 <= time < math.inf:
             raise ValueError(f"time: expected a number of at least 0, got {time}")
         if kind not in traces.KINDS:
             raise ValueError(f"kind: expected one of {', '.join(traces.KINDS)}, got {kind!r}")
-        if probes < 1:
-            raise ValueError(f"probes: expected at least 1, got {probes}")
         if not (rtol >= 0 and atol >= 0 and rtol + atol > 0 and rtol + atol < math.inf):
             raise ValueError(f"rtol, atol: expected numbers of at least 0, not both 0, got {rtol} and {atol}")
-        if step_size is not None and not 0 < step_size < math.inf:
-            raise ValueError(f"step_size: expected a positive number, got {step_size}")
-        if max_steps < 1:
-            raise ValueError(f"max_steps: expected at least 1, got {max_steps}")
-        if checkpoints < 1:
-            raise ValueError(f"checkpoints: expected at least 1, got {checkpoints}")
+        if step_size is not None:
+            _check.number("step_size", step_size)
+            if not 0 < step_size < math.inf:
+                raise ValueError(f"step_size: expected a positive number, got {step_size}")
         product = product or ("jvp" if hasattr(dynamics, "jvp") else "vjp")
         if product not in traces.METHODS:
             raise ValueError(f"product: expected one of {', '.join(traces.METHODS)}, got {product!r}")
@@ -140,6 +152,7 @@ class Continuous(Bijection):
         self.regularize, self.max_steps, self.product = regularize, max_steps, product
         self.fused = fused and isinstance(dynamics, MLPDynamics) and method in METHODS
         self._last: Solution | None = None
+        self._backward: list[Steps] | odeint.Watch | None = None  # what counts the steps of an adjoint
         for each in (trace, eval_trace):
             self._check_trace("trace", each)
         if not self.fused:
@@ -190,7 +203,7 @@ class Continuous(Bijection):
         self._check_trace("trace", trace)
         if regularize and trace not in ("exact", "hutchinson"):
             raise ValueError(f"regularize: expected an exact trace or hutchinson's, got trace={trace!r}")
-        times = _checked_times(times, x)
+        times = checked_times(times)
         if not x.detach().isfinite().all():
             bad = (~x.detach().isfinite()).flatten(1).any(1).nonzero()
             raise ValueError(f"x: expected finite numbers, got others in sample {int(bad[0])}")
@@ -208,11 +221,19 @@ class Continuous(Bijection):
         e = None if trace in ("exact", None) else self._probes(x, times, trace, probes)
         given: dict[str, Any] = {
             "probes": e, "regularize": regularize, "method": self.method, "rtol": self.rtol, "atol": self.atol,
-            "step_size": self.step_size, "max_steps": self.max_steps,
+            "step_size": self.step_size,
         }  # fmt: skip
         if not self.fused:
+            self._backward = odeint.Watch(self.method, self.max_steps)
             given |= {"trace": trace, "product": self.product, "adjoint": self.adjoint and torch.is_grad_enabled()}
-            return odeint.integrate(self.dynamics, x, times.to(x.device), **given)
+            # frames that torch.compile has given up are not "compiling"; the import that it takes costs seconds
+            integrate = _uncompiled if "torch._dynamo" in sys.modules else odeint.integrate
+            try:
+                return integrate(self.dynamics, x, times.to(x.device), watch=self._backward, **given)
+            except RuntimeError as error:
+                self._explain(error, x.dtype)
+                raise
+        self._backward = []
         return mlp_ode(
             x,
             times,
@@ -223,8 +244,20 @@ class Continuous(Bijection):
             per_sample=self.per_sample,
             gradient="adjoint" if self.adjoint else "steps",
             checkpoints=self.checkpoints,
+            max_steps=self.max_steps,
+            report=self._backward.append,
             **given,
         )
+
+    def _explain(self, error: RuntimeError, dtype: torch.dtype) -> None:
+        """Raises for parameters of another dtype than x, which may be why the dynamics failed."""
+        others = {p.dtype for p in self.dynamics.parameters() if p.is_floating_point()} - {dtype}
+        if others and not isinstance(error, SolverError):
+            names = " and ".join(sorted(map(str, others)))
+            raise TypeError(
+                f"x: the dynamics have parameters of {names} and fail with x of {dtype}, which the solver hands them; "
+                f"half precision is solved in float32 ({error})"
+            ) from error
 
     def _probes(self, x: Tensor, times: Tensor, trace: Trace, probes: int | Tensor | None) -> Tensor:
         """[S, B, ...], those of a bottleneck as wide as it is."""
@@ -237,8 +270,7 @@ class Continuous(Bijection):
         if trace == "bottleneck" and len(x):
             with torch.no_grad():
                 shape = self.dynamics.encoder(times[0].to(x), x).shape
-        if probes < 1:
-            raise ValueError(f"probes: expected at least 1, got {probes}")
+        _check.whole("probes", probes)
         return traces.probes((probes, *shape), self.kind, dtype=x.dtype, device=x.device)
 
     # --- what the last call took ------------------------------------------------------------------------
@@ -247,6 +279,17 @@ class Continuous(Bijection):
     def steps(self) -> Steps:
         """(evaluations, accepted steps, rejected steps) of the last call; [B] of each with ``per_sample``."""
         return self._of_last().steps
+
+    @property
+    def adjoint_steps(self) -> Steps:
+        """As :attr:`steps`, of the backward solve: of all backward passes since the last call, by the adjoint."""
+        if isinstance(self._backward, odeint.Watch):
+            taken = [self._backward.steps()] if self._backward.evaluations else []
+        else:
+            taken = self._backward or []
+        if not (self.adjoint and taken):
+            raise RuntimeError("adjoint_steps: no backward pass has solved an adjoint since the last call")
+        return Steps(*(torch.stack(counts).sum(0) for counts in zip(*taken, strict=True)))
 
     @property
     def energies(self) -> Energies:
@@ -271,7 +314,7 @@ class Continuous(Bijection):
 
     def __getstate__(self) -> dict[str, Any]:
         # the last call is not part of a copy: its tensors belong to a graph
-        return {**self.__dict__, "_last": None}
+        return {**self.__dict__, "_last": None, "_backward": None}
 
     # --- small things -----------------------------------------------------------------------------------
 
@@ -315,13 +358,3 @@ def _mean(trace: Tensor | None, value: Tensor) -> Tensor:
     if trace is None:
         return value.new_zeros(value.shape[:2], dtype=accumulator(value.dtype))
     return trace.mean(1) if trace.dim() == 3 else trace
-
-
-def _checked_times(times: Sequence[float] | Tensor, x: Tensor) -> Tensor:
-    times = torch.as_tensor(times, dtype=torch.float64)
-    if times.dim() != 1 or len(times) < 2 or not times.isfinite().all():
-        raise ValueError(f"times: expected at least two finite numbers, got {times.tolist()}")
-    step = times.detach().diff()
-    if (step > 0).any() and (step < 0).any():
-        raise ValueError(f"times: expected them to rise or to fall, got {times.tolist()}")
-    return times

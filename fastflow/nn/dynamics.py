@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from fastflow.ops import _check
 
 __all__ = ["BottleneckDynamics", "MLPDynamics"]
 
@@ -80,16 +82,18 @@ class MLPDynamics(nn.Module):
         activation: Activation = "tanh",
     ) -> None:
         super().__init__()
+        if not isinstance(hidden, Iterable):
+            raise TypeError(f"hidden: expected the width of every hidden layer, got {hidden!r}")
+        hidden = tuple(hidden)
         for name, width in (("features", features), *(("hidden", width) for width in hidden)):
-            if width < 1:
-                raise ValueError(f"{name}: expected at least 1, got {width}")
+            _check.whole(name, width)
         if layer not in LAYERS:
             raise ValueError(f"layer: expected one of {', '.join(LAYERS)}, got {layer!r}")
         if activation not in ACTIVATIONS:
             raise ValueError(f"activation: expected one of {', '.join(ACTIVATIONS)}, got {activation!r}")
         self.features, self.layer, self.activation = features, layer, activation
         self.config: dict[str, Any] = {
-            "features": features, "hidden": tuple(hidden), "layer": layer, "activation": activation
+            "features": features, "hidden": hidden, "layer": layer, "activation": activation
         }  # fmt: skip
         widths = [features, *hidden, features]
         self.net = nn.ModuleList(TimeLinear(n, m, layer) for n, m in zip(widths, widths[1:], strict=False))

@@ -135,7 +135,7 @@ class Observations(NamedTuple):
         values, masks, covariates = (part.contiguous() for part in parts)
         # a series without rows has its covariates in the first row of its padding
         first = rest[:, 0, 2 * features :].contiguous() if x.shape[1] else rest.new_zeros(len(x), covariates.shape[1])
-        made = cls(offsets, times.flatten()[index].double(), values, masks, first)
+        made = cls(offsets, times.detach().flatten()[index].double(), values, masks, first)
         series = made.series
         if len(index) and bool((index - series * x.shape[1] != made.positions).any()):
             b = int(series[(index - series * x.shape[1] != made.positions).nonzero()[0, 0]])

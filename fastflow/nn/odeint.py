@@ -15,7 +15,7 @@ from fastflow.errors import SolverError, need
 from fastflow.ops.ode import Solution, Steps
 from fastflow.ops.trace import bottleneck_products, dot, jacobian_products, unit_probes
 
-__all__ = ["ADAPTIVE", "FIXED", "integrate"]
+__all__ = ["ADAPTIVE", "FIXED", "Watch", "integrate"]
 
 ADAPTIVE = ("dopri5", "bosh3", "dopri8", "fehlberg2", "adaptive_heun")
 FIXED = ("euler", "midpoint", "heun2", "heun3", "rk4", "explicit_adams", "implicit_adams")
@@ -37,11 +37,10 @@ def integrate(
     atol: float,
     step_size: float | None,
     adjoint: bool,
-    max_steps: int,
+    watch: Watch,
 ) -> Solution:
     """x [B, ...] from times[0] to times[1:]. The trace is [T, B] where it is exact or None, else [T, S, B]."""
     torchdiffeq = need("torchdiffeq", "torchdiffeq", "ode")
-    watch = _Watch(method, max_steps)
     moving = torch.cat([times.new_ones(1, dtype=torch.bool), times.detach().diff() != 0])
     count = probes.shape[0] if probes is not None else 1
     if len(x) == 0 or not moving[1:].any():
@@ -62,10 +61,12 @@ def integrate(
     where = moving[1:].long().cumsum(0).to(x.device)
     path = tuple(part[where] for part in path)
     watch.finite(path[0][-1], float(times[-1].detach()))
-    return sweep.solution(path, watch.steps())
+    steps = watch.steps()
+    watch.restart()  # what comes is the backward solve
+    return sweep.solution(path, steps)
 
 
-def _nothing(x: Tensor, points: int, trace: str | None, count: int, regularize: bool, watch: _Watch) -> Solution:
+def _nothing(x: Tensor, points: int, trace: str | None, count: int, regularize: bool, watch: Watch) -> Solution:
     """No time passes, or there is no sample: everything stays what it is."""
     zeros = x.new_zeros(points, len(x))
     integral = None if trace is None else zeros if trace == "exact" else x.new_zeros(points, count, len(x))
@@ -90,7 +91,7 @@ class _Sweep:
         probes: Tensor | None,
         product: str,
         regularize: bool,
-        watch: _Watch,
+        watch: Watch,
     ) -> None:
         self.dynamics, self.trace, self.probes, self.product = dynamics, trace, probes, product
         self.regularize, self.watch = regularize, watch
@@ -189,7 +190,7 @@ def _norm(parts: int) -> Callable[[Sequence[Tensor]], Tensor]:
 # --- what happens on the way ------------------------------------------------------------------------
 
 
-class _Watch:
+class Watch:
     """Counts what the solver does, and stops it with time, step and sample where it cannot go on.
 
     torchdiffeq calls the callbacks of the function it integrates.
@@ -197,8 +198,11 @@ class _Watch:
 
     def __init__(self, method: str, max_steps: int) -> None:
         self.adaptive, self.max_steps = method in ADAPTIVE, max_steps
-        self.evaluations = self.begun = self.accepted = self.rejected = 0
         self.last: Tensor | None = None
+        self.restart()
+
+    def restart(self) -> None:
+        self.evaluations = self.begun = self.accepted = self.rejected = 0
 
     def steps(self) -> Steps:
         accepted = self.accepted if self.adaptive else self.begun
@@ -215,7 +219,8 @@ class _Watch:
         function.callback_step = self._step
         function.callback_step_adjoint = self._step_adjoint
         if self.adaptive:
-            function.callback_accept_step, function.callback_reject_step = self._accept, self._reject
+            function.callback_accept_step = function.callback_accept_step_adjoint = self._accept
+            function.callback_reject_step = function.callback_reject_step_adjoint = self._reject
         return function
 
     def _step(self, t: Tensor, state: State, dt: Tensor) -> None:
@@ -225,6 +230,7 @@ class _Watch:
 
     def _step_adjoint(self, t: Tensor, state: State, dt: Tensor) -> None:
         self._possible(t, dt, None)
+        self.begun += 1
 
     def _accept(self, t: Tensor, state: State, dt: Tensor) -> None:
         self.accepted += 1

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from numbers import Integral, Real
+from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["FLOATING", "floating", "matching", "beside", "logdet_like", "strided", "unsuited"]
+__all__ = ["FLOATING", "floating", "matching", "beside", "logdet_like", "number", "strided", "unsuited", "whole"]
 
 FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 PLAIN = (Tensor, torch.nn.Parameter)  # a subclass may hold its values elsewhere
@@ -30,6 +32,20 @@ def unsuited(tensors: Iterable[Tensor | None], device: str) -> str | None:
         if type(tensor) not in PLAIN:
             return f"a tensor is a {type(tensor).__name__}"
     return None
+
+
+def whole(name: str, value: Any, least: int = 1) -> None:
+    """A whole number of at least ``least``."""
+    if not isinstance(value, Integral) or isinstance(value, bool):
+        raise TypeError(f"{name}: expected a whole number, got {value!r}")
+    if value < least:
+        raise ValueError(f"{name}: expected at least {least}, got {value}")
+
+
+def number(name: str, value: Any) -> None:
+    """A real number, also infinity and NaN."""
+    if not isinstance(value, Real) or isinstance(value, bool):
+        raise TypeError(f"{name}: expected a number, got {value!r}")
 
 
 def floating(name: str, tensor: Tensor, dims: int = 2) -> None:

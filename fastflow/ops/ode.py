@@ -9,7 +9,7 @@ Runge-Kutta stages, error norm and step control are all inside the call; the mea
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Literal, NamedTuple
 
@@ -131,13 +131,15 @@ def _adjoint(
     kernel, x, times, probes, params, method, layer, activation, control, max_steps, values, gvalues, gtraces,
     genergies,
 ):  # fmt: skip
-    """The continuous adjoint: ode_gradient.adjoint(); x itself is not read."""
+    """The continuous adjoint: ode_gradient.adjoint(); x itself is not read. [counts, gx, *gparams]; a kernel adds the
+    evaluations, accepted and rejected steps of its controllers to counts [R, 3], zeros."""
+    counts = torch.zeros((x.shape[0] if control[3] else 1, 3), dtype=torch.int64, device=x.device)
     gx, gparams = torch.empty_like(x), [torch.empty_like(p) for p in params]
     _solving(
         kernel, x, times, probes, params, method, layer, activation, control, max_steps, values, gvalues, gtraces,
-        genergies, gx, gparams,
+        genergies, counts, gx, gparams,
     )  # fmt: skip
-    return [gx, *gparams]
+    return [counts, gx, *gparams]
 
 
 def _solving(kernel, *arguments):
@@ -156,41 +158,44 @@ class _MlpOde(torch.autograd.Function):
     """Saves x, the parameters, the steps and, for the gradient through them, ``checkpoints`` states."""
 
     @staticmethod
-    def forward(ctx, backend, problem, gradient, checkpoints, x, times, probes, *params):
+    def forward(ctx, backend, problem, gradient, checkpoints, report, x, times, probes, *params):
         if backend == "reference":  # the adjoint: the gradient through the steps is autograd's own
             values, traces, energies, path = reference(problem, x, times, probes, *params)
             steps, counts, states = *path, None
         else:
             kept = min(checkpoints, problem.max_steps) if gradient == "steps" else 0
             values, traces, energies, steps, counts, states = _run(backend, problem, kept, x, times, probes, params)
-        ctx.backend, ctx.problem, ctx.gradient = backend, problem, gradient
+        ctx.backend, ctx.problem, ctx.gradient, ctx.report = backend, problem, gradient, report
         ctx.save_for_backward(x, times, probes, steps, counts, states, values, *params)
         ctx.mark_non_differentiable(counts)
         return values, traces, energies, counts
 
     @staticmethod
     def backward(ctx, gvalues, gtraces, genergies, _):
-        x, times, probes, steps, counts, states, values, *params = ctx.saved_tensors
+        x, times, probes, steps, counts_of_forward, states, values, *params = ctx.saved_tensors
         problem, grads = ctx.problem, (gvalues, gtraces, genergies)
         if second_order():
-            path = Path(steps, counts)
+            path = Path(steps, counts_of_forward)
             found = reference_vjp(
                 lambda x, times, *params: replay(problem, path, x, times, probes, *params), (x, times, *params), grads
             )
-            return *[None] * 4, *found[:2], None, *found[2:]
+            return *[None] * 5, *found[:2], None, *found[2:]
+        counts = None
         if not _differentiates(ctx.backend, ctx.gradient, problem, probes, params, x):
-            found = adjoint(problem, times, probes, params, values, *grads)
+            counts, *found = adjoint(problem, times, probes, params, values, *grads)
         else:
             method = METHODS[problem.method].pack()
             given = x, times, probes, params, method, problem.layer, problem.activation, list(problem.control)
             if ctx.gradient == "steps":
-                found = _backward[ctx.backend](*given, steps, counts, states, *grads)
+                found = _backward[ctx.backend](*given, steps, counts_of_forward, states, *grads)
             else:
-                found = _adjoint[ctx.backend](*given, problem.max_steps, values, *grads)
+                counts, *found = _adjoint[ctx.backend](*given, problem.max_steps, values, *grads)
+        if counts is not None and ctx.report is not None:
+            ctx.report(_steps(bool(problem.control.per_sample), x, counts))
         gtimes = None
-        if ctx.needs_input_grad[5]:
+        if ctx.needs_input_grad[6]:
             gtimes = times_gradient(problem, x, times, probes, params, values, found[0], grads)
-        return *[None] * 4, found[0], gtimes, None, *found[1:]
+        return *[None] * 5, found[0], gtimes, None, *found[1:]
 
 
 def _run(backend, problem, checkpoints, x, times, probes, params):
@@ -222,6 +227,7 @@ def mlp_ode(
     gradient: Literal["steps", "adjoint"] = "steps",
     checkpoints: int = 32,
     max_steps: int = 1000,
+    report: Callable[[Steps], None] | None = None,
     backend: str | None = None,
 ) -> Solution:
     r"""Solves :math:`\dot x = f(x, t)` for an MLP f, with the integral of :math:`\mathrm{tr}\, \partial_x f` along it.
@@ -246,7 +252,10 @@ def mlp_ode(
             the steps, in plain PyTorch, with all of them in memory.
         checkpoints: how many states are kept for ``steps``; those between are computed again, values alone, a block of
             samples at a time. So memory does not grow with the number of steps in either way.
-        max_steps: of attempts, accepted or not. A solve is one call: Ctrl-C is heard when it has returned.
+        max_steps: of attempts, accepted or not. A solve is one call: Ctrl-C is heard when it has returned, after at
+            most so many attempts of as many evaluations as the method has stages.
+        report: is called in the backward pass with what the solve of the adjoint took, over all its outputs; never for
+            ``gradient="steps"``, which makes none, nor in what torch.compile makes.
         backend: a backend by name; None chooses.
 
     Raises:
@@ -271,13 +280,12 @@ def mlp_ode(
         raise ValueError(f"x: expected [B, D] with variables, got {list(x.shape)}")
     if _readable(x) and not (good := x.isfinite().all(1)).all():
         raise ValueError(f"x: expected finite values, got {x[~good][0].tolist()} in sample {int((~good).nonzero()[0])}")
-    times = _times(times)
+    times = checked_times(times)
     fixed = _fixed(method, rtol, atol, step_size)
     if gradient not in ("steps", "adjoint"):
         raise ValueError(f"gradient: expected steps or adjoint, got {gradient!r}")
-    for name, number in (("checkpoints", checkpoints), ("max_steps", max_steps)):
-        if number < 1:
-            raise ValueError(f"{name}: expected at least 1, got {number}")
+    _check.whole("checkpoints", checkpoints)
+    _check.whole("max_steps", max_steps)
     reduce = "none"
     if exact or probes is not None:
         probes, count, seed, reduce = _probes(x, probes, exact)
@@ -296,23 +304,35 @@ def mlp_ode(
         start, probes = (p if p is None or p.dtype == params[0].dtype else p.to(params[0].dtype) for p in (x, probes))
         limit = partial(_unserved, problem=problem, probes=probes, params=params, x=start)
         backend = choose(FAMILY, (x, probes, *params), backend, limit)
-        values, traces, energies, counts = _solve(backend, problem, gradient, checkpoints, start, times, probes, params)
+        values, traces, energies, counts = _solve(
+            backend, problem, gradient, checkpoints, report, start, times, probes, params
+        )
     trace = {"none": lambda: None, "sum": lambda: traces.sum(1), "only": lambda: traces[:, 0], "all": lambda: traces}
-    of_all = counts[:, :3].expand(x.shape[0], 3).unbind(1) if per_sample else counts[0, :3].unbind(0)
     kinetic, jacobian = energies.unbind(1) if regularize else (None, None)
     return Solution(
-        values.to(x.dtype), trace[reduce](), kinetic, jacobian if reduce != "none" else None, Steps(*of_all)
+        values.to(x.dtype),
+        trace[reduce](),
+        kinetic,
+        jacobian if reduce != "none" else None,
+        _steps(per_sample, x, counts),
     )
 
 
-def _solve(backend, problem, gradient, checkpoints, x, times, probes, params):
+def _steps(per_sample: bool, x: Tensor, counts: Tensor) -> Steps:
+    """Of the rows of controllers."""
+    counts = counts[:, :3]
+    return Steps(*(counts.expand(x.shape[0], 3).unbind(1) if per_sample else counts[0].unbind(0)))
+
+
+def _solve(backend, problem, gradient, checkpoints, report, x, times, probes, params):
     if x.shape[0] == 0:
         backend = "reference"
     wanted = any_grad(x, times, *params)
     # where nothing is to be integrated the graph has no parameters; they still get a gradient, of zeros
     nothing = x.shape[0] == 0 or (_readable(times) and bool(times[0] == times[-1]))
     if wanted and (backend != "reference" or gradient == "adjoint" or nothing):
-        return _MlpOde.apply(backend, problem, gradient, checkpoints, x, times, probes, *params)
+        report = None if torch.compiler.is_compiling() else report
+        return _MlpOde.apply(backend, problem, gradient, checkpoints, report, x, times, probes, *params)
     if backend != "reference":
         values, traces, energies, _, counts, _ = _run(backend, problem, 0, x, times, probes, params)
         return values, traces, energies, counts
@@ -347,10 +367,13 @@ def _differentiates(
     return fits(x, probes, params, problem.layer, bool(problem.control.regularize), METHODS[problem.method].stages)
 
 
-def _times(times: Sequence[float] | Tensor) -> Tensor:
-    """[T + 1] in float64 on the CPU, checked."""
+def checked_times(times: Sequence[float] | Tensor) -> Tensor:
+    """[T + 1] in float64 on the CPU, monotone."""
     if not isinstance(times, Tensor):
-        times = torch.tensor([float(t) for t in times], dtype=torch.float64)
+        try:
+            times = torch.tensor([float(t) for t in times], dtype=torch.float64)
+        except (TypeError, ValueError):
+            raise TypeError(f"times: expected at least two numbers, got {times!r}") from None
     times = times.to("cpu", torch.float64)
     if times.dim() != 1 or times.shape[0] < 2:
         raise ValueError(f"times: expected at least two, [T + 1], got {list(times.shape)}")
@@ -365,7 +388,9 @@ def _fixed(method: str, rtol: float, atol: float, step_size: float | None) -> bo
     """Are the steps fixed? After checks."""
     if method not in METHODS:
         raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
-    if step_size is not None and not (step_size > 0 and math.isfinite(step_size)):
+    for name, value in (("rtol", rtol), ("atol", atol), *([("step_size", step_size)] if step_size is not None else [])):
+        _check.number(name, value)
+    if step_size is not None and not 0 < step_size < math.inf:
         raise ValueError(f"step_size: expected a positive number, got {step_size}")
     fixed = step_size is not None or not METHODS[method].error
     if not fixed and not (rtol >= 0 and atol >= 0 and 0 < rtol + atol < math.inf):

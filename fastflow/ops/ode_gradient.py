@@ -79,16 +79,16 @@ def adjoint(
     problem: Problem, times: Tensor, probes: Tensor | None, params: Sequence[Tensor], values: Tensor, gvalues: Tensor,
     gtraces: Tensor, genergies: Tensor,
 ) -> list[Tensor]:  # fmt: skip
-    """[gx, *gparams] by the continuous adjoint in plain PyTorch."""
+    """[counts [R, 3], gx, *gparams] by the continuous adjoint in plain PyTorch."""
     params = [p.detach().requires_grad_() for p in params]
     f, numbers, method = problem(times, probes, params)
     states = [_state(v, t, e) for v, t, e in zip(values, gtraces, genergies, strict=True)]
     grads = [_state(*g) for g in zip(gvalues, gtraces, genergies, strict=True)]
-    gx, gparams = _adjoint(
+    counts, gx, gparams = _adjoint(
         f, numbers, method, problem.control, problem.max_steps, [states[-1], *states],
         [torch.zeros_like(grads[0]), *grads], values.shape[2], params,
     )  # fmt: skip
-    return [gx, *gparams]
+    return [counts, gx, *gparams]
 
 
 def _adjoint(
@@ -101,14 +101,16 @@ def _adjoint(
     grads: Sequence[Tensor],
     dim: int,
     params: Sequence[Tensor],
-) -> tuple[Tensor, list[Tensor]]:
-    """(gradient of x [B, D], of the params) by the continuous adjoint a = dL/dx, from the last time to the first:
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """(evaluations, accepted and rejected steps [R, 3], gradient of x [B, D], of the params) by the continuous adjoint
+    a = dL/dx, from the last time to the first:
 
     da/dt = -(a, g) . df/dx,  dL/dparams = integral of (a, g) . df/dparams dt; g are the gradients of the integrals in
     the state, which do not change. Between two outputs [x | a] is one state; x starts anew from each of ``states``.
     """
     a, constant = torch.zeros_like(states[-1][:, :dim]), torch.zeros_like(states[-1][:, dim:])
     gparams = [torch.zeros_like(p) for p in params]
+    counts = torch.zeros((a.shape[0] if control.per_sample else 1, 3), dtype=torch.int64, device=a.device)
 
     def pull(t: Tensor, state: Tensor, wanted: Callable[[Tensor], Sequence[Tensor]], weight: Tensor | float):
         """(df, weight (a, g) . df/dwanted)"""
@@ -138,6 +140,7 @@ def _adjoint(
         if times[i] == times[i - 1]:
             continue
         start = torch.cat([states[i][:, :dim], a], 1)
-        back, _ = solve(backwards, start, [times[i], times[i - 1]], method, control, split, max_steps, visit)
+        back, path = solve(backwards, start, [times[i], times[i - 1]], method, control, split, max_steps, visit)
         a = back[-1][:, dim:]
-    return a, gparams
+        counts += path.counts[:, :3]
+    return counts, a, gparams

@@ -386,11 +386,15 @@ def _folded(params: list[list[Tensor]], layer: str) -> list[list[Tensor]]:
 
 
 def _checked(x: Tensor, layers: Sequence[Sequence[Tensor]], layer: str, swish: bool) -> list[list[Tensor]]:
+    if not isinstance(layers, (list, tuple)):
+        raise TypeError(f"layers: expected a list of the tensors of every layer, got {type(layers).__name__}")
     if not layers:
         raise ValueError("layers: expected at least one layer, got none")
     width, params = x.shape[1], []
     for i, given in enumerate(layers):
         names = _NAMES[: _PARAMETERS[layer]] + (("beta",) if swish and i + 1 < len(layers) else ())
+        if not isinstance(given, (list, tuple)):
+            raise TypeError(f"layers[{i}]: expected ({', '.join(names)}), got {type(given).__name__}")
         if len(given) != len(names):
             kind = f"{layer!r}" + (" with swish" if swish else "")
             raise ValueError(f"layers[{i}]: expected ({', '.join(names)}) for {kind}, got {len(given)} tensors")

@@ -16,7 +16,7 @@ def recipe(time: float, base_std: float, **train) -> Recipe:
     )
 
 
-SHORT = recipe(time=1.0, base_std=1.0, steps=600, batch_size=256, lr=5e-3, cooldown=0.5, eval_every=300)
+SHORT = recipe(time=2.0, base_std=0.5, steps=600, batch_size=256, lr=1e-2, cooldown=0.7, eval_every=300)
 # torchdiffeq's example: 1000 steps of 512 points of the circles; it takes the mean of their log-likelihoods
 PAPER = recipe(time=10.0, base_std=0.1**0.5, steps=1000, batch_size=512, lr=1e-3, eval_every=500)
 
