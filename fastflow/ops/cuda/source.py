@@ -63,6 +63,7 @@ def fingerprint() -> str:
     for path in files:
         digest.update(flattened(path.stem).encode())
     shared = ("_layout.py", "_steps.py", "planar.py", "radial.py", "scale_map.py")
+    shared += ("ode_stages.py", "ode_stages_backward.py")
     for path in [*sorted(here.glob("*.py")), *(here.parent / name for name in shared)]:
         digest.update(path.read_bytes())
     ahead = " compiled ahead" if any(binary(path.stem) for path in files) else ""

@@ -100,6 +100,7 @@ def fingerprint() -> str:
     digest = hashlib.sha256()
     here = Path(__file__).parent
     shared = ("_layout.py", "_steps.py", "planar.py", "radial.py", "scale_map.py")
+    shared += ("ode_stages.py", "ode_stages_backward.py")
     for source in [*sorted(here.glob("*.py")), *(here.parent / name for name in shared)]:
         digest.update(source.read_bytes())
     return f"triton {_version} {'interpreted ' if _interpreting else ''}{digest.hexdigest()}"
