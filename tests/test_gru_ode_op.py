@@ -259,6 +259,27 @@ def test_faults(backend):
         )
 
 
+@pytest.mark.parametrize("method", ["euler", "dopri5"])
+def test_the_same_on_any_number_of_threads(method):
+    """Bits, and which series is the first that cannot go on."""
+    h0, schedule, *rest = problem((2,) * 70)
+    schedule = intervals(schedule) if method == "dopri5" else schedule
+    wrong = h0.index_fill(0, torch.tensor([13, 61]), math.inf)
+    late = schedule._replace(counts=schedule.counts.index_fill(0, torch.tensor(2 * 13), 0))  # 13 fails after 61
+    threads, found = torch.get_num_threads(), []
+    try:
+        for n in (1, 2, 3):
+            torch.set_num_threads(n)
+            found.append(ops.gru_ode_filter(h0, schedule, *rest, method=method, backend="cpu"))
+            with pytest.raises(SolverError, match="series 13"):
+                ops.gru_ode_filter(wrong, late, *rest, method=method, backend="cpu")
+    finally:
+        torch.set_num_threads(threads)
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -270,10 +291,24 @@ def test_faults(backend):
         (lambda s: s._replace(jumps=s.jumps.long()), "schedule.jumps: expected \\[8\\] of torch.bool"),
     ],
 )
-def test_bad_schedules(change, message):
+def test_bad_schedules(change, message, backend):
     h0, schedule, *rest = problem()
     with pytest.raises(ValueError, match=message):
-        ops.gru_ode_filter(h0, change(schedule), *rest)
+        ops.gru_ode_filter(h0, change(schedule), *rest, backend=backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_values_that_are_not_finite(backend):
+    h0, schedule, values, masks, *nets = problem()
+    row, channel = masks.nonzero()[-1].tolist()
+    for value in (math.nan, math.inf, -math.inf):
+        wrong = values.clone()
+        wrong[row, channel] = value
+        with pytest.raises(ValueError, match=f"where observed, got {value} in row {row} of series 2"):
+            ops.gru_ode_filter(h0, schedule, wrong, masks, *nets, backend=backend)
+    counts = schedule._replace(counts=schedule.counts.index_fill(0, torch.tensor(1), 2))
+    with pytest.raises(ValueError, match="schedule.counts: expected 0 or 1, intervals"):
+        ops.gru_ode_filter(h0, counts, values, masks, *nets, method="dopri5", backend=backend)
 
 
 def test_bad_arguments():

@@ -3,8 +3,12 @@
 import pytest
 import torch
 
+from fastflow import use_backend
+from fastflow.models import GRUODEBayes
 from fastflow.nn import Observations
 from fastflow.nn.clock import between, until
+from fastflow.ops import cpu
+from fastflow.ops.observations import checked_values
 
 # --- observations -------------------------------------------------------------------------------------
 
@@ -129,3 +133,54 @@ def test_legacy_clock(horizon, step, steps):
         left += 1
     assert until(times[-1:], horizon, step, "legacy")[0].tolist() == [left]
     assert until(times[-1:] + horizon, horizon, step, "legacy")[0].tolist() == [0]
+
+
+# --- both in one pass -----------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(cpu.unavailable() is not None, reason="no compiled library")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("options", [{}, {"horizon": 1.0, "step": 0.03}, {"solver": "dopri5"}])
+def test_the_compiled_passes_say_what_pytorch_says(dtype, options, monkeypatch):
+    """The values, steps and jumps of random series, bit by bit."""
+    data = series(12, dtype=dtype, seed=2)
+    target = torch.arange(data.rows)[:, None] % 3 == 1
+    data = data._replace(
+        masks=torch.where(target, 2 * data.masks, data.masks),
+        values=torch.where(data.masks == 0, torch.nan, data.values),
+    )
+    model = GRUODEBayes(2, 1, hidden=4, **options).to(dtype)
+    assert checked_values(*data) is not None
+    calls = []
+    monkeypatch.setattr(model, "integrate", lambda *arguments: calls.append(arguments))
+    model.filter(data)
+    with use_backend("reference"):
+        assert checked_values(*data) is None
+        model.filter(data)
+    (_, schedule, *rest), (_, other, *others) = calls
+    for ours, wanted in zip((*schedule, *rest), (*other, *others), strict=True):
+        assert ours.dtype == wanted.dtype and torch.equal(ours, wanted)
+    assert 0 < schedule.jumps.sum() < data.rows
+
+
+def test_the_compiled_pass_refuses_what_is_wrong():
+    data = series(4, longest=5)
+    last, nan = data.rows - 1, torch.nan
+
+    def changed(tensor, place, value):
+        return tensor.clone().index_put_(tuple(torch.tensor([i]) for i in place), tensor.new_tensor(value))
+
+    for name, place, value in (
+        ("offsets", (1,), data.rows + 1), ("offsets", (0,), 1), ("offsets", (4,), 0),
+        ("times", (0,), -1.0), ("times", (0,), nan), ("times", (last,), torch.inf), ("times", (1,), 0.0),
+        ("masks", (0, 1), 3.0), ("masks", (0, 0), nan), ("masks", (last, 1), 0.5),
+        ("covariates", (3, 0), nan), ("covariates", (0, 0), torch.inf),
+    ):  # fmt: skip
+        wrong = data._replace(**{name: changed(getattr(data, name), place, value)})
+        assert checked_values(*wrong) is None, (name, place, value)
+    seen = (data.masks == 1).nonzero()[-1].tolist()
+    for value in (nan, torch.inf, -torch.inf):
+        assert checked_values(*data._replace(values=changed(data.values, seen, value))) is None
+    assert (
+        checked_values(*data._replace(values=data.values.clone().requires_grad_())) is None
+    )  # their gradient is wanted

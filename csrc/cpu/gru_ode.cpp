@@ -16,7 +16,16 @@ namespace fastflow {
 namespace gru {
 namespace {
 
-constexpr int64_t kRows = 48;  // whose predictions after the jump are made together
+constexpr int64_t kSeries = 32;  // of a block at most
+constexpr int64_t kRows = 48;    // whose predictions after the jump are made together
+
+template <class T>
+bool observed_are_finite(int64_t n, const T* values, const T* masks) {
+  T sum = T(0);
+#pragma omp simd reduction(+ : sum)
+  for (int64_t i = 0; i < n; ++i) sum += masks[i] == T(0) ? T(0) : values[i] - values[i];
+  return sum == T(0);
+}
 
 template <class T>
 struct Filter {
@@ -157,7 +166,10 @@ void gru_ode_fwd(const View& h0, const View& values, const View& masks, const Vi
     const Schedule schedule(offsets, counts, sizes, jumps);
     const Network<T> net(params, kind, impute, false);
     const Method<T> of(method, rtol, atol, max_steps);
-    const std::vector<Plan> blocks = plans(schedule);
+    if (!schedule.sound(of.tableau.adaptive) ||
+        !observed_are_finite(schedule.rows * net.D, pointer<T>(values), pointer<T>(masks)))
+      throw std::invalid_argument("schedule, values: expected rows that rise, steps and observations that are finite");
+    const std::vector<Plan> blocks = plans(schedule, openmp().found() ? openmp().max_threads() : 1, kSeries);
     const Filter<T> filter = {net,
                               of,
                               schedule,
@@ -174,6 +186,9 @@ void gru_ode_fwd(const View& h0, const View& values, const View& masks, const Vi
     parallel_for(int64_t(blocks.size()), true, [&](int64_t begin, int64_t end) {
       for (int64_t k = begin; k < end; ++k) faults[k] = filter.run(blocks[k]);
     });
+    // the first series that cannot go on, whatever the blocks: each by itself
+    if (std::any_of(faults.begin(), faults.end(), [](const Fault& f) { return f.row >= 0; }))
+      for (const Plan& alone : plans(schedule, schedule.series, 1)) faults.push_back(filter.run(alone));
     const Fault* first = nullptr;
     for (const Fault& f : faults)
       if (f.row >= 0 && (!first || f.row < first->row)) first = &f;

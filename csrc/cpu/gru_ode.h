@@ -18,8 +18,6 @@
 namespace fastflow {
 namespace gru {
 
-constexpr int64_t kSeries = 24;  // of a block at most
-
 // --- memory -------------------------------------------------------------------------------------------
 
 // On cache lines; grows without keeping what it held.
@@ -66,6 +64,15 @@ struct Schedule {
         series(o.size[0] - 1),
         rows(j.size[0]) {}
 
+  // Is it as the op's contract has it? Python says what is not.
+  bool sound(bool adaptive) const {
+    if (offsets[0] != 0 || offsets[series] != rows) return false;
+    for (int64_t b = 0; b < series; ++b)
+      if (offsets[b] > offsets[b + 1]) return false;
+    for (int64_t i = 0; i < rows + series; ++i)
+      if (counts[i] < 0 || (adaptive && counts[i] > 1) || !(sizes[i] >= 0) || std::isinf(sizes[i])) return false;
+    return true;
+  }
   int64_t segments(int64_t b) const { return offsets[b + 1] - offsets[b] + 1; }
   int64_t segment(int64_t b, int64_t i) const { return i + 1 < segments(b) ? offsets[b] + i : rows + b; }
   int64_t ticks(int64_t b) const {
@@ -120,13 +127,14 @@ struct Plan {
   }
 };
 
-// All blocks: series dealt out by length, so that blocks take about as long as each other. An even number of them.
-inline std::vector<Plan> plans(const Schedule& s) {
+// All blocks, of at most `most` series: dealt out by length, so that blocks take about as long as each other. Their
+// number is a multiple of `ways`, if there are as many series.
+inline std::vector<Plan> plans(const Schedule& s, int64_t ways, int64_t most) {
   std::vector<int64_t> order(s.series), total(s.series);
   for (int64_t b = 0; b < s.series; ++b) total[b] = s.ticks(b);
   std::iota(order.begin(), order.end(), int64_t(0));
   std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return total[a] > total[b]; });
-  const int64_t blocks = std::min(s.series, (s.series + 2 * kSeries - 1) / (2 * kSeries) * 2);
+  const int64_t blocks = std::min(s.series, (s.series + ways * most - 1) / (ways * most) * ways);
   std::vector<Plan> made;
   for (int64_t k = 0; k < blocks; ++k) {
     std::vector<int64_t> members;

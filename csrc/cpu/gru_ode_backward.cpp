@@ -17,6 +17,7 @@ namespace gru {
 namespace {
 
 constexpr int64_t kWindow = 16;  // evaluations of a series that are kept
+constexpr int64_t kSeries = 24;  // of a block at most
 constexpr int64_t kChunks = 32;  // partial sums of the weights' gradients, whatever the threads
 
 // --- a block ------------------------------------------------------------------------------------------
@@ -438,7 +439,7 @@ void gru_ode_bwd(const View& h0, const View& values, const View& masks, const Vi
     const Network<T> net(params, kind, impute, true);
     const Method<T> steps(method, rtol, atol, max_steps);
     const Layout layout(net);
-    const std::vector<Plan> blocks = plans(schedule);
+    const std::vector<Plan> blocks = plans(schedule, 2, kSeries);  // whatever the threads: sums depend on it
     const Reverse<T> reverse = {net,
                                 steps,
                                 schedule,

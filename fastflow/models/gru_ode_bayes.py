@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastflow.models.gru_ode_stream import GRUODEStream
-from fastflow.nn.clock import CLOCKS, Clock, between, until
+from fastflow.nn.clock import CLOCKS, TOLERANCE, Clock, between, until
 from fastflow.nn.gru_ode import Channels, GRUODECell, Jump, PostLoss
 from fastflow.nn.observations import OBSERVED, TARGET, Observations
 from fastflow.ops.gru_ode import Cell, Filtered, Gru, Observe, Prep, Schedule, gru_ode_filter
+from fastflow.ops.observations import equal_steps
 
 __all__ = ["PRESETS", "GRUODEBayes", "Scores"]
 
@@ -200,21 +201,25 @@ class GRUODEBayes(nn.Module):
         return self._filter(self.observations(x), to_horizon)
 
     def _filter(self, observations: Observations, to_horizon: bool = False) -> Filtered:
-        seen = observations.masks == OBSERVED
-        jumps = seen.any(1) | ~(observations.masks == TARGET).any(1)
-        offsets, times = observations.offsets, observations.times
+        offsets, times, values, masks, covariates = observations
+        start, horizon = self.initial(covariates), (to_horizon and self.horizon) or 0.0
+        if self.solver == "dopri5" or self.clock == "exact":
+            step = 0.0 if self.solver == "dopri5" else self.step
+            if (steps := equal_steps(offsets, times, masks, step, horizon, TOLERANCE)) is not None:
+                *segments, seen = steps
+                return self.integrate(start, Schedule(offsets, *segments), values, seen)
+        seen = masks == OBSERVED
+        jumps = seen.any(1) | ~(masks == TARGET).any(1)
         before = F.pad(times, (1, 0))  # [N + 1]: of every row the time of the row before
         last = torch.where(offsets.diff() > 0, before[offsets[1:]], 0)
         previous = before.index_fill(0, offsets, 0)[:-1]  # a first row has none
-        schedule = self.schedule(offsets, previous, times, last, jumps, self.horizon if to_horizon else None)
-        start = self.initial(observations.covariates)
-        return self.integrate(start, schedule, observations.values, seen.to(start.dtype))
+        schedule = self.schedule(offsets, previous, times, last, jumps, horizon)
+        return self.integrate(start, schedule, values, seen.to(start.dtype))
 
     def schedule(
-        self, offsets: Tensor, previous: Tensor, times: Tensor, last: Tensor, jumps: Tensor, horizon: float | None
+        self, offsets: Tensor, previous: Tensor, times: Tensor, last: Tensor, jumps: Tensor, horizon: float
     ) -> Schedule:
         """Solver steps from the ``previous`` times [N] to those of the rows, from the ``last`` [B] to the horizon."""
-        horizon = horizon or 0.0
         if self.solver == "dopri5":  # takes its own steps
             gaps = torch.cat((times - previous, (horizon - last).clamp(min=0)))
             return Schedule(offsets, (gaps > 0).long(), gaps, jumps)
@@ -248,6 +253,8 @@ class GRUODEBayes(nn.Module):
         """x as the model takes it: checked, in the dtype and on the device of the parameters."""
         weight = self.cell.hidden_weight
         x = x.checked() if isinstance(x, Observations) else Observations.from_tensor(x, self.features)
+        if not (x.rows or x.features):  # lists without a row do not tell how many channels there are
+            x = x._replace(values=x.values.new_zeros(0, self.features), masks=x.masks.new_zeros(0, self.features))
         if x.values.shape[1] != self.features or x.covariates.shape[1] != self.covariates:
             raise ValueError(
                 f"x: expected {self.features} channels and {self.covariates} covariates, got "
@@ -258,7 +265,11 @@ class GRUODEBayes(nn.Module):
 
     def initial(self, covariates: Tensor) -> Tensor:
         """h(0) [B, H] in (-1, 1)"""
-        return self.covariates_map(covariates if self.covariates else covariates.new_zeros(len(covariates), 1))
+        first, _, drop, second, _ = self.covariates_map
+        x = covariates if self.covariates else covariates.new_zeros(len(covariates), 1)
+        a = torch.relu(F.linear(x, first.weight, first.bias))
+        a = F.dropout(a, drop.p) if self.training and drop.p > 0 else a
+        return torch.tanh(F.linear(a, second.weight, second.bias))
 
     # --- likelihoods and losses -----------------------------------------------------------------------
 
@@ -323,8 +334,8 @@ class GRUODEBayes(nn.Module):
         asked = torch.as_tensor(times, dtype=torch.float64, device=observations.times.device)
         if asked.dim() not in (1, 2) or asked.dim() == 2 and len(asked) != b:
             raise ValueError(f"times: expected [T] or [{b}, T], got {list(asked.shape)}")
-        if not bool(((asked >= 0) & (asked < torch.inf)).all()):
-            raise ValueError("times: expected finite ones from 0 on, got others")
+        if not bool((good := (asked >= 0) & (asked < torch.inf)).all()):
+            raise ValueError(f"times: expected finite ones from 0 on, got {asked[~good][0]:g}")
         asked, t = asked.expand(b, asked.shape[-1]).flatten(), asked.shape[-1]
         series = torch.arange(b, device=asked.device).repeat_interleave(t)
         stamps, owner = torch.cat((asked, observations.times)), torch.cat((series, observations.series))

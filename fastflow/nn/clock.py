@@ -17,12 +17,12 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-__all__ = ["CLOCKS", "Clock", "between", "until"]
+__all__ = ["CLOCKS", "TOLERANCE", "Clock", "between", "until"]
 
 Clock = Literal["exact", "legacy"]
 CLOCKS: tuple[str, ...] = get_args(Clock)
 
-_TOLERANCE = 1e-3  # of a step: what is no more than this beyond a point of the grid is on it, such as 62.0000001 steps
+TOLERANCE = 1e-3  # of a step: what is no more than this beyond a point of the grid is on it, such as 62.0000001 steps
 
 
 def between(start: Tensor, end: Tensor, step: float, clock: Clock = "exact") -> tuple[Tensor, Tensor]:
@@ -37,7 +37,7 @@ def between(start: Tensor, end: Tensor, step: float, clock: Clock = "exact") -> 
     (tensor([3, 1]), tensor([0.0500, 0.0500], dtype=torch.float64))
     """
     if clock == "legacy":
-        return _grid_steps(end, step, _TOLERANCE * step) - _grid_steps(start, step, _TOLERANCE * step), _all(end, step)
+        return _grid_steps(end, step, TOLERANCE * step) - _grid_steps(start, step, TOLERANCE * step), _all(end, step)
     return _divided(end - start, step)
 
 
@@ -45,13 +45,14 @@ def until(last: Tensor, horizon: float, step: float, clock: Clock = "exact") -> 
     """(counts, sizes) of the steps from the last event of a series to the horizon; none where that is not after it."""
     end = torch.full_like(last, horizon)
     if clock == "legacy":
-        counts = _grid_steps(end, step, 0.0) - _grid_steps(last, step, _TOLERANCE * step)
+        counts = _grid_steps(end, step, 0.0) - _grid_steps(last, step, TOLERANCE * step)
         return counts.clamp_(min=0), _all(last, step)
     return _divided((end - last).clamp(min=0), step)
 
 
 def _divided(gap: Tensor, step: float) -> tuple[Tensor, Tensor]:
-    counts = torch.ceil(gap / step - _TOLERANCE).clamp_(min=1) * (gap > 0)
+    _refuse_more(gap, step, 1 << 31)
+    counts = torch.ceil(gap / step - TOLERANCE).clamp_(min=1) * (gap > 0)
     return counts.long(), gap / counts.clamp(min=1)
 
 
@@ -61,9 +62,15 @@ def _all(like: Tensor, step: float) -> Tensor:
 
 def _grid_steps(times: Tensor, step: float, tolerance: float) -> Tensor:
     """The smallest k with t_k >= time - tolerance, where t_k is what k additions of the step give."""
+    _refuse_more(times, step, 1 << 24)  # all of them are in memory
     last = float(times.max()) / step if times.numel() else 0.0
     size = 1 << max(10, (int(last) + 2).bit_length())  # few sizes, each made once
     return torch.searchsorted(_grid(step, size).to(times.device), times - tolerance)
+
+
+def _refuse_more(times: Tensor, step: float, most: int) -> None:
+    if times.numel() and (longest := float(times.max())) > most * step:
+        raise ValueError(f"times: expected at most {most} steps of {step:g} in a row, got {longest:g} of time")
 
 
 @lru_cache(maxsize=16)

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastflow.ops.observations import checked_values
+
 __all__ = ["MISSING", "OBSERVED", "TARGET", "Observations"]
 
 MISSING, OBSERVED, TARGET = 0, 1, 2
@@ -129,9 +131,10 @@ class Observations(NamedTuple):
         index = present.flatten().nonzero()[:, 0]
         offsets = torch.cat((lengths.new_zeros(1), lengths.cumsum(0)))
         rows = rest.flatten(0, 1)[index]
-        values, masks, covariates = rows.split((features, features, rest.shape[2] - 2 * features), 1)
+        parts = rows.split((features, features, rest.shape[2] - 2 * features), 1)
+        values, masks, covariates = (part.contiguous() for part in parts)
         # a series without rows has its covariates in the first row of its padding
-        first = rest[:, 0, 2 * features :] if x.shape[1] else rest.new_zeros(len(x), covariates.shape[1])
+        first = rest[:, 0, 2 * features :].contiguous() if x.shape[1] else rest.new_zeros(len(x), covariates.shape[1])
         made = cls(offsets, times.flatten()[index].double(), values, masks, first)
         series = made.series
         if len(index) and bool((index - series * x.shape[1] != made.positions).any()):
@@ -170,14 +173,22 @@ class Observations(NamedTuple):
 
     def checked(self) -> Observations:
         """With zeros for what is missing, if everything is as it should be; raises as :meth:`from_lists` does."""
+        for name, given in zip(self._fields, self, strict=True):
+            if not isinstance(given, Tensor):
+                raise TypeError(f"{name}: expected a tensor, got {type(given).__name__}; from_lists takes lists")
         times, values, masks = self.times, self.values, self.masks
         b, n, d = self.batch, self.rows, values.shape[-1]
-        shapes, wanted = [list(t.shape) for t in self], [[b + 1], [n], [n, d], [n, d], [b, self.covariates.shape[-1]]]
+        wanted = [(b + 1,), (n,), (n, d), (n, d), (b, self.covariates.shape[-1])]
+        shapes = [t.shape for t in self]
         if b < 0 or shapes != wanted or self.offsets.dtype != torch.int64 or times.dtype != torch.float64:
             raise ValueError(
-                f"x: expected int64 offsets, float64 times, values, masks and covariates of the shapes {wanted}, got "
-                f"{shapes} with offsets of {self.offsets.dtype} and times of {times.dtype}"
+                "x: expected int64 offsets, float64 times, values, masks and covariates of the shapes "
+                f"{[*map(list, wanted)]}, got {[*map(list, shapes)]} with offsets of {self.offsets.dtype} and times of "
+                f"{times.dtype}"
             )
+        if (clean := checked_values(*self)) is not None:
+            return self._replace(values=clean)
+        # what the compiled library does not look at, and what is wrong
         if bool((self.offsets[0] != 0) | (self.offsets[-1] != n) | (self.offsets.diff() < 0).any()):
             raise ValueError(f"offsets: expected to rise from 0 to {n}, got {self.offsets.tolist()[:8]} ...")
 

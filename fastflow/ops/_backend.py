@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fastflow.ops import cpu, cuda, triton
 
-__all__ = ["NATIVE", "BACKENDS", "BackendError", "Family", "use_backend", "choose", "reasons", "transformed"]
+__all__ = ["NATIVE", "BACKENDS", "BackendError", "Family", "use_backend", "choose", "reasons", "serves", "transformed"]
 
 NATIVE: dict[str, ModuleType] = {"cpu": cpu, "cuda": cuda, "triton": triton}
 TESTED = ("cuda", "triton")
@@ -99,6 +99,11 @@ def reasons(
 ) -> dict[str, str | None]:
     """For every backend why it cannot serve these tensors, None where it can."""
     return {name: _refusal(name, tensors, family, limit) for name in NATIVE} | {"reference": None}
+
+
+def serves(name: str, tensors: tuple[Tensor | None, ...]) -> bool:
+    """Can this backend serve a call on these tensors, and was no other asked for?"""
+    return _forced.name in (None, name) and _refusal(name, tensors, None) is None
 
 
 def _refusal(

@@ -20,7 +20,7 @@ from fastflow.errors import SolverError
 from fastflow.ops import _check
 from fastflow.ops._backend import Family, choose, transformed
 from fastflow.ops._op import accumulator, any_grad, op, reference_vjp, second_order, without_autocast
-from fastflow.ops.gru_ode_reference import CELLS, reference, where
+from fastflow.ops.gru_ode_reference import CELLS, owners, reference, where
 from fastflow.ops.ode_method import METHODS, Method
 
 __all__ = ["Cell", "Filtered", "Gru", "Observe", "Prep", "Schedule", "gru_ode_filter"]
@@ -244,14 +244,19 @@ def gru_ode_filter(
     params = _networks(h0, values, cell, observe, prep, gru, impute)
     _rows(h0, schedule, values, masks, dropout, observe.hidden_weight.shape[0], impute)
     _numbers(method, rtol, atol, max_steps)
-    _schedule(schedule, values.shape[0], h0.shape[0], bool(METHODS[method].error))
+    _schedule(schedule, values.shape[0], h0.shape[0])
+    look = partial(_contents, schedule, values, masks, bool(METHODS[method].error))
     dtype = accumulator(h0.dtype)
     limit = partial(_too_large, h0=h0, values=values, params=params, method=METHODS[method], impute=impute)
     backend = choose(FAMILY, (h0, values, dropout, *params), backend, limit)
     h0, values, dropout, *params = (
         t if t is None or t.dtype == dtype else t.to(dtype) for t in (h0, values, dropout, *params)
     )
-    masks, steps = (masks != 0).to(dtype), (schedule.offsets, schedule.counts, schedule.sizes)
+    if backend != "cpu":
+        look()
+    if backend != "cpu" or masks.dtype != dtype:  # a compiled kernel takes all that is not 0 for observed
+        masks = (masks != 0).to(dtype)
+    steps = (schedule.offsets, schedule.counts, schedule.sizes)
     meaning = {
         "kind": CELLS.index(cell.kind), "impute": impute, "method": method, "rtol": float(rtol),
         "atol": max(float(atol), sys.float_info.min),  # 0 / 0 where a state is at rest
@@ -266,11 +271,15 @@ def gru_ode_filter(
                     raise SolverError(fault)
             return Filtered(*out)
         native = tuple(t.to(h0.device).contiguous() for t in (*steps, schedule.jumps.to(torch.int64)))
-        h0, values, *params = (t.contiguous() for t in (h0, values, *params))
+        h0, values, masks, *params = (t.contiguous() for t in (h0, values, masks, *params))
         dropout = None if dropout is None else dropout.contiguous()
-        if any_grad(h0, values, *params):
-            return Filtered(*_Filter.apply(backend, meaning, h0, values, masks, dropout, native, *params))
-        return Filtered(*_forward[backend](h0, values, masks, dropout, params, *native, *_native(meaning)))
+        try:
+            if any_grad(h0, values, *params):
+                return Filtered(*_Filter.apply(backend, meaning, h0, values, masks, dropout, native, *params))
+            return Filtered(*_forward[backend](h0, values, masks, dropout, params, *native, *_native(meaning)))
+        except ValueError:  # the compiled kernel looks at the contents itself, in a pass; here is said what is wrong
+            look()
+            raise
 
 
 def _too_large(
@@ -345,14 +354,9 @@ def _rows(h0, schedule, values, masks, dropout, p: int, impute: bool) -> None:
         if impute:
             raise ValueError("dropout: expected None with impute=True, whose predictions are part of the dynamics")
         _check.beside("dropout", dropout, h0, (n, 2, p), "h0")
-    if _readable(values):
-        bad = ~(values.isfinite() | (masks == 0))
-        if bool(bad.any()):
-            row, channel = bad.nonzero()[0].tolist()
-            raise ValueError(f"values: expected finite numbers where observed, got {values[row, channel]} in row {row}")
 
 
-def _schedule(schedule: Schedule, rows: int, series: int, adaptive: bool) -> None:
+def _schedule(schedule: Schedule, rows: int, series: int) -> None:
     for name, tensor, shape, dtype in (
         ("offsets", schedule.offsets, [series + 1], torch.int64),
         ("counts", schedule.counts, [rows + series], torch.int64),
@@ -364,11 +368,15 @@ def _schedule(schedule: Schedule, rows: int, series: int, adaptive: bool) -> Non
                 f"schedule.{name}: expected {shape} of {dtype} for {rows} rows of {series} series, got"
                 f" {list(tensor.shape)} of {tensor.dtype}"
             )
-    if not _readable(schedule.counts):
+
+
+def _contents(schedule: Schedule, values: Tensor, masks: Tensor, adaptive: bool) -> None:
+    """What can only be seen by looking at the numbers."""
+    if not _readable(values):
         return
+    rows, offsets = len(values), schedule.offsets
     if adaptive and bool((schedule.counts > 1).any()):
         raise ValueError("schedule.counts: expected 0 or 1, intervals, with an adaptive method")
-    offsets = schedule.offsets
     if offsets[0] != 0 or offsets[-1] != rows or bool((offsets.diff() < 0).any()):
         raise ValueError(f"schedule.offsets: expected to rise from 0 to {rows}, got {offsets.tolist()[:8]} ...")
     for name, tensor, good in (
@@ -381,6 +389,13 @@ def _schedule(schedule: Schedule, rows: int, series: int, adaptive: bool) -> Non
             raise ValueError(
                 f"schedule.{name}: expected finite numbers of at least 0, got {tensor[segment].item()} {place}"
             )
+    bad = ~(values.isfinite() | (masks == 0))
+    if bool(bad.any()):
+        row, channel = bad.nonzero()[0].tolist()
+        raise ValueError(
+            f"values: expected finite numbers where observed, got {values[row, channel]} in row {row}"
+            f" of series {int(owners(offsets)[row])}"
+        )
 
 
 def _readable(tensor: Tensor) -> bool:

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastflow.errors import SolverError
+from fastflow.ops.ode_control import first_step, growth, trial_step
 from fastflow.ops.ode_method import METHODS, Method
 
 __all__ = ["CELLS", "owners", "reference", "sequence", "where"]
@@ -208,7 +209,7 @@ def _adaptive(
         t, pending = torch.where(accept, t + step, t), pending & ~done
         if not pending.any():
             return out
-        step = step * _factor(ratio, solver.order)
+        step = step * growth(ratio, solver.order)
     raise SolverError(_fault(pending, tick, "still", t, gap) + f" after {max_steps} steps")
 
 
@@ -223,21 +224,12 @@ def _rms(x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _first_step(f: Dynamics, h: Tensor, k: Tensor, solver: Method, rtol: float, atol: float) -> Tensor:
-    """Hairer, Norsett and Wanner, Solving Ordinary Differential Equations I, II.4, as csrc/ode.h has it; [B]."""
+    """Of every series, [B]."""
     scale = atol + rtol * h.abs().double()
-    d0, d1 = _rms(h / scale), _rms(k / scale)
-    trial = torch.where((d0 < 1e-5) | (d1 < 1e-5), 1e-6, 0.01 * d0 / d1)
-    trial = torch.where(trial.isfinite() & (trial > 0), trial, 1e-6)
-    d2 = _rms((f(h + trial.to(h.dtype)[:, None] * k) - k) / scale) / trial
-    flat = (d1 <= 1e-15) & (d2 <= 1e-15)
-    step = torch.where(flat, (trial * 1e-3).clamp(min=1e-6), (0.01 / torch.maximum(d1, d2)) ** (1 / solver.order))
-    return torch.minimum(100 * trial, torch.where(step.isfinite() & (step > 0), step, trial))
-
-
-def _factor(ratio: Tensor, order: int) -> Tensor:
-    """By how much the next step is longer; not shorter after one with a ratio below 1."""
-    wanted = torch.where(ratio == 0, 10.0, 0.9 / ratio ** (1 / order))
-    return torch.where(ratio.isfinite(), wanted.maximum(torch.where(ratio < 1, 1.0, 0.2)).clamp(max=10.0), 0.2)
+    slope = _rms(k / scale)
+    trial = trial_step(_rms(h / scale), slope)
+    bend = _rms((f(h + trial.to(h.dtype)[:, None] * k) - k) / scale) / trial
+    return first_step(trial, slope, bend, solver.order)
 
 
 # --- faults -----------------------------------------------------------------------------------------

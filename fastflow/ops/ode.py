@@ -59,7 +59,7 @@ class Solution(NamedTuple):
 # --- contract ---------------------------------------------------------------------------------------
 # T outputs, B samples, S probes (0: no trace), R = 1 or, per sample, B controllers; all but what is marked float64 or
 # int64 in the dtype of x, float32 or float64. Meaning: ode_reference.py, whose arithmetic of steps a kernel repeats
-# (solve, _initial, _norms, _factor, grid, _Outputs).
+# (solve, _initial, _norms, growth, grid, _Outputs).
 #
 #   times       [T + 1] float64, on the CPU, monotone; equal neighbours repeat a state. Nothing is evaluated where
 #               all are equal

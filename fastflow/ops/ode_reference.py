@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from fastflow.errors import SolverError
+from fastflow.ops.ode_control import first_step, growth, trial_step
 from fastflow.ops.ode_method import METHODS, Method
 from fastflow.ops.trace_mlp import sweep
 
@@ -251,7 +252,7 @@ def solve(
             steps[index] = torch.stack([t, step], 1)[moved]
             y, k = torch.where(moved[:, None], after, y), torch.where(moved[:, None], ks[-1], k)
             t = torch.where(moved, t + step, t)
-        h = torch.where(active, h * _factor(ratio, method.order), h)
+        h = torch.where(active, h * growth(ratio, method.order), h)
     return outputs.states, Path(steps[: int(counts[:, 1].max())], counts)
 
 
@@ -312,21 +313,11 @@ def _initial(f: Function, t: Tensor, y: Tensor, k: Tensor, sign: float, order: i
     def norm(e: Tensor) -> Tensor:
         return _norms(split(e), split(y), split(y), control)[0]
 
-    d0, d1 = norm(y), norm(k)
-    h0 = torch.where((d0 < 1e-5) | (d1 < 1e-5), 1e-6, 0.01 * d0 / d1)
-    h0 = torch.where(h0.isfinite() & (h0 > 0), h0, 1e-6)
-    step = sign * h0
-    d2 = norm(f(_rows(t + step, y), y + _rows(step, y) * k) - k) / h0
-    slow = (d1 <= 1e-15) & (d2 <= 1e-15)
-    h1 = torch.where(slow, (1e-3 * h0).clamp(min=1e-6), (0.01 / torch.maximum(d1, d2)) ** (1 / order))
-    h1 = torch.where(h1.isfinite() & (h1 > 0), h1, h0)
-    return sign * torch.minimum(100 * h0, h1)
-
-
-def _factor(ratio: Tensor, order: int) -> Tensor:
-    """By how much a step of this error's norm [R] may grow."""
-    least = torch.where(ratio < 1, 1.0, 0.2)
-    return torch.maximum(0.9 * ratio ** (-1 / order), least).clamp(max=10.0)
+    slope = norm(k)
+    trial = trial_step(norm(y), slope)
+    step = sign * trial
+    bend = norm(f(_rows(t + step, y), y + _rows(step, y) * k) - k) / trial
+    return sign * first_step(trial, slope, bend, order)
 
 
 # --- the whole --------------------------------------------------------------------------------------
