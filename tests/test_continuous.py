@@ -452,11 +452,11 @@ def test_arguments(options, message):
 def test_bad_input(fused):
     module, x = flow(network(), fused), randn(4, 3)
     x[2, 1] = float("nan")
-    with pytest.raises(ValueError, match="x: expected finite numbers, got others in sample 2"):
+    with pytest.raises(ValueError, match="x: expected finite values, got .* in sample 2"):
         module(x)
     with pytest.raises(ValueError, match="context: this model takes none"):
         module(randn(4, 3), randn(4, 1))
-    with pytest.raises(ValueError, match=r"times: expected them to rise or to fall"):
+    with pytest.raises(ValueError, match="times: expected .*times that increase or decrease"):
         module.trajectory(randn(4, 3), [0.0, 1.0, 0.5])
     with pytest.raises(ValueError, match=r"probes: expected \[S, 4, 3\], got \[1, 4, 2\]"):
         module(randn(4, 3), trace="hutchinson", probes=randn(1, 4, 2))
