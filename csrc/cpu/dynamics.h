@@ -214,8 +214,8 @@ struct Parameters {
   }
 };
 
-// A right factor [depth, columns] in panels of kPanel columns, each [depth, its columns padded]; or, of few columns,
-// as [columns, padded depth].
+// A right factor [depth, columns] in panels of kPanel columns, each [depth, its columns padded]; or, of few long
+// columns, as [columns, padded depth].
 template <class T>
 struct Packed {
   int64_t depth = 0, columns = 0;
@@ -225,7 +225,7 @@ struct Packed {
   // element(k, j) of the factor; are the rows of the left one padded with finite numbers?
   template <class F>
   void fill(int64_t rows, int64_t n, bool left_padded, const F& element) {
-    depth = rows, columns = n, few = left_padded && n <= kFew;
+    depth = rows, columns = n, few = left_padded && n <= kFew && depth > kPad;
     if (few) {
       data.assign(n * padded(depth), T(0));
       for (int64_t j = 0; j < n; ++j)
