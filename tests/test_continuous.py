@@ -500,11 +500,11 @@ def test_dtypes_that_do_not_go_together():
 def test_bad_input(fused):
     module, x = flow(network(), fused), randn(4, 3)
     x[2, 1] = float("nan")
-    with pytest.raises(ValueError, match="x: expected finite numbers, got others in sample 2"):
+    with pytest.raises(ValueError, match="x: expected finite values, got .* in sample 2"):
         module(x)
     with pytest.raises(ValueError, match="context: this model takes none"):
         module(randn(4, 3), randn(4, 1))
-    with pytest.raises(ValueError, match="times: expected finite times that increase or decrease"):
+    with pytest.raises(ValueError, match="times: expected .*times that increase or decrease"):
         module.trajectory(randn(4, 3), [0.0, 1.0, 0.5])
     for times in (1.0, None, "ab"):
         with pytest.raises(TypeError, match="times: expected at least two numbers, got"):

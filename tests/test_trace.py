@@ -218,6 +218,21 @@ def test_saturated_units(activation):
             assert (a - b).abs().max() <= 200 * torch.finfo(dtype).eps * max(1, b.abs().max().item())
 
 
+@pytest.mark.parametrize("dim", [1, 2, 3, 4, 5])
+def test_few_variables_and_many_units(dim):
+    """Products with few columns have a loop of their own on the CPU."""
+    layers = mlp(dim=dim, hidden=(40, 65))
+    x, e = testing.case.randn(21, dim), testing.case.randn(2, 21, dim, seed=1)
+    inputs = [p.detach().requires_grad_() for p in (x, *(p for given in layers for p in given))]
+    given = [inputs[1 + 5 * i : 6 + 5 * i] for i in range(len(layers))]
+    found = []
+    for backend in (None, "reference"):
+        outputs = ops.mlp_trace(inputs[0], 0.3, given, layer="concat_squash", probes=e, backend=backend)
+        found.append([*outputs, *torch.autograd.grad(sum(o.square().sum() for o in outputs), inputs)])
+    for a, b in zip(*found, strict=True):
+        assert (a - b).abs().max() <= 1e-13 * (1 + b.abs().max())
+
+
 @pytest.mark.parametrize("hidden", [(64, 33), (FUSED_WIDTH["cpu"] + 200, 40)])
 @pytest.mark.parametrize("samples", [1, 700])
 def test_gradients_are_the_same_bits_on_any_number_of_threads(samples, hidden):

@@ -13,21 +13,24 @@
 #include <cstdint>
 #include <memory>
 #include <stdexcept>
+#include <type_traits>
 #include <vector>
 
 #include "../trace.h"
 #include "parallel.h"
 #include "rows.h"
 #include "tile.h"
+#include "transpose.h"
 #include "view.h"
 
 namespace fastflow {
 
 constexpr int64_t kBlockRows = 128;  // value and tangent rows that go through all layers together
 constexpr int64_t kChunks = 32;      // partial sums of the weights' gradients, whatever the threads
-constexpr int64_t kColumns = 64;     // columns of a row between two looks at its tangents
+constexpr int64_t kColumns = 64;     // of a task of a wide layer's activations
+constexpr int64_t kFew = 4;          // columns of a product that are so few that it is one of dot products
 constexpr int64_t kNarrow = 128;     // the widest layer of a narrow net, FUSED_WIDTH in fastflow/ops/trace_mlp.py
-constexpr int64_t kStripRows = 48;   // rows of a task of a wide product
+constexpr int64_t kStripRows = 48;   // rows of a task of a wide product; or that are activated right after theirs
 constexpr int64_t kDepth = 256;      // of a run of the product that makes a wide weight's gradient: it stays in L2
 
 // Blocks that one thread goes through one after the other, whatever the threads: they share a partial sum.
@@ -55,35 +58,65 @@ struct Affine {
   const T *gate, *bias, *drift;
 };
 
-// y = phi(a), y' = phi'(a) a' on n <= kColumns columns of the row z and its tangents. `z` may be `y`; where the inputs
-// are kept z becomes a. With a gate, u keeps gate z + bias.
+// f(first, count) over n columns: whole vectors, whose number is a constant for the compiler, then what is left
+template <class F>
+inline void for_vectors(int64_t n, const F& f) {
+  int64_t i = 0;
+  for (; i + kPad <= n; i += kPad) f(i, std::integral_constant<int64_t, kPad>());
+  if (i < n) f(i, n - i);
+}
+
+// y = phi(a), y' = phi'(a) a' on n columns of the row z and its tangents. `z` may be `y`; where the inputs are kept z
+// becomes a. With a gate, u keeps gate z + bias if it is given.
 template <Activation kind, bool gated, class T>
 void forward_rows(T* z, const Affine<T> f, T* u, T* y, int64_t tangents, int64_t n, int64_t z_step, int64_t y_step) {
-  T slope[kColumns];
+  for_vectors(n, [&](int64_t first, auto count) {
+    const T *gate = f.gate + first, *bias = f.bias + first, *drift = f.drift + first;
+    T *in = z + first, *out = y + first;
+    T before[kPad], slope[kPad];
 #pragma omp simd
-  for (int64_t i = 0; i < n; ++i) {
-    T value = z[i];
-    if constexpr (gated) {
-      value = f.gate[i] * value + f.bias[i];
-      u[i] = value;
-      value += f.drift[i];
-    } else {
-      value += f.bias[i];
+    for (int64_t i = 0; i < count; ++i) {
+      before[i] = gated ? gate[i] * in[i] + bias[i] : in[i] + bias[i];
+      const T value = gated ? before[i] + drift[i] : before[i];
+      const Slope<T> s = activate<kind>(value);
+      if constexpr (keeps_input(kind)) in[i] = value;
+      out[i] = s.y;
+      slope[i] = gated && !keeps_input(kind) ? s.d * gate[i] : s.d;
     }
-    const Slope<T> s = activate<kind>(value);
-    if constexpr (keeps_input(kind)) z[i] = value;
-    y[i] = s.y;
-    slope[i] = gated && !keeps_input(kind) ? s.d * f.gate[i] : s.d;
-  }
-  for (int64_t s = 0; s < tangents; ++s) {
-    z += z_step, y += y_step;
+    if (gated && u)
 #pragma omp simd
-    for (int64_t i = 0; i < n; ++i) {
-      T value = z[i];
-      if constexpr (gated && keeps_input(kind)) z[i] = value = value * f.gate[i];
-      y[i] = slope[i] * value;
+      for (int64_t i = 0; i < count; ++i) u[first + i] = before[i];
+    for (int64_t s = 0; s < tangents; ++s) {
+      in += z_step, out += y_step;
+#pragma omp simd
+      for (int64_t i = 0; i < count; ++i) {
+        T value = in[i];
+        if constexpr (gated && keeps_input(kind)) in[i] = value = value * gate[i];
+        out[i] = slope[i] * value;
+      }
     }
-  }
+  });
+}
+
+// The same of the last layer, which has no activation: a = gate z + bias + drift in the place of z, a' = gate z'
+template <class T>
+void finish_rows(T* z, const Affine<T> f, T* u, int64_t tangents, int64_t n, int64_t step) {
+  for_vectors(n, [&](int64_t first, auto count) {
+    T* row = z + first;
+    T gate[kPad];
+#pragma omp simd
+    for (int64_t i = 0; i < count; ++i) {
+      gate[i] = f.gate ? f.gate[first + i] : T(1);
+      const T before = gate[i] * row[i] + f.bias[first + i];
+      if (u) u[first + i] = before;
+      row[i] = f.drift ? before + f.drift[first + i] : before;
+    }
+    for (int64_t s = 0; s < tangents && f.gate; ++s) {
+      row += step;
+#pragma omp simd
+      for (int64_t i = 0; i < count; ++i) row[i] *= gate[i];
+    }
+  });
 }
 
 // The outputs of kept inputs once more.
@@ -107,31 +140,34 @@ void again_rows(const T* kept, T* y, int64_t tangents, int64_t n, int64_t step) 
 template <Activation kind, bool gated, class T>
 void backward_rows(const T* kept, const T* u, const T* gate, T* g, int64_t tangents, int64_t n, int64_t kept_step,
                    int64_t g_step, T* ga, T* gi) {
-  T slope[kColumns], bend[kColumns], total[kColumns];
+  for_vectors(n, [&](int64_t first, auto count) {
+    T slope[kPad], bend[kPad], total[kPad];
 #pragma omp simd
-  for (int64_t i = 0; i < n; ++i) {
-    const Curve<T> f = curve<kind>(kept[i]);
-    slope[i] = f.d, bend[i] = f.c, total[i] = T(0);
-  }
-  for (int64_t s = 1; s <= tangents; ++s) {
-    const T* k = kept + s * kept_step;
-    T* gs = g + s * g_step;
-#pragma omp simd
-    for (int64_t i = 0; i < n; ++i) {
-      total[i] += k[i] * gs[i];
-      gs[i] *= gated ? slope[i] * gate[i] : slope[i];
+    for (int64_t i = 0; i < count; ++i) {
+      const Curve<T> f = curve<kind>(kept[first + i]);
+      slope[i] = f.d, bend[i] = f.c, total[i] = T(0);
     }
-  }
+    for (int64_t s = 1; s <= tangents; ++s) {
+      const T* k = kept + s * kept_step + first;
+      T* gs = g + s * g_step + first;
 #pragma omp simd
-  for (int64_t i = 0; i < n; ++i) {
-    const T value = g[i] * slope[i] + bend[i] * total[i];
-    ga[i] += value;
-    if constexpr (gated) {
-      const T tangent = keeps_input(kind) ? slope[i] * total[i] : total[i];
-      gi[i] += (T(1) - gate[i]) * (value * u[i] + tangent);
+      for (int64_t i = 0; i < count; ++i) {
+        total[i] += k[i] * gs[i];
+        gs[i] *= gated ? slope[i] * gate[first + i] : slope[i];
+      }
     }
-    g[i] = gated ? gate[i] * value : value;
-  }
+#pragma omp simd
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t at = first + i;
+      const T value = g[at] * slope[i] + bend[i] * total[i];
+      ga[at] += value;
+      if constexpr (gated) {
+        const T tangent = keeps_input(kind) ? slope[i] * total[i] : total[i];
+        gi[at] += (T(1) - gate[at]) * (value * u[at] + tangent);
+      }
+      g[at] = gated ? gate[at] * value : value;
+    }
+  });
 }
 
 template <class F>
@@ -178,16 +214,24 @@ struct Parameters {
   }
 };
 
-// A right factor [depth, columns] in panels of kPanel columns, each [depth, its columns padded].
+// A right factor [depth, columns] in panels of kPanel columns, each [depth, its columns padded]; or, of few long
+// columns, as [columns, padded depth].
 template <class T>
 struct Packed {
   int64_t depth = 0, columns = 0;
+  bool few = false;
   std::vector<T> data;
 
-  // element(k, j) of the factor
+  // element(k, j) of the factor; are the rows of the left one padded with finite numbers?
   template <class F>
-  void fill(int64_t rows, int64_t n, const F& element) {
-    depth = rows, columns = n;
+  void fill(int64_t rows, int64_t n, bool left_padded, const F& element) {
+    depth = rows, columns = n, few = left_padded && n <= kFew && depth > kPad;
+    if (few) {
+      data.assign(n * padded(depth), T(0));
+      for (int64_t j = 0; j < n; ++j)
+        for (int64_t k = 0; k < depth; ++k) data[j * padded(depth) + k] = element(k, j);
+      return;
+    }
     data.assign(depth * padded(columns), T(0));
     for (int64_t j = 0; j < n; ++j) {
       const int64_t panel = j / kPanel * kPanel, width = panel_width(panel);
@@ -198,9 +242,46 @@ struct Packed {
   int64_t panel_width(int64_t first) const { return std::min(kPanel, padded(columns) - first); }
 };
 
+// C [rows, kPad] = A B of few columns: dot products in the lanes of a vector each, then the sums of the lanes
+template <int64_t columns, class T>
+void dots(int64_t rows, const T* a, int64_t a_row, const Packed<T>& b, T* c) {
+  using V = typename Vector<T>::type;
+  constexpr int64_t lanes = Vector<T>::lanes;
+  const int64_t depth = padded(b.depth);
+  V sums[columns][lanes] = {};
+  T dot[columns][lanes];
+  for (int64_t first = 0; first < rows; first += lanes) {
+    const int64_t count = std::min(lanes, rows - first);
+    for (int64_t i = 0; i < count; ++i, a += a_row) {
+      V sum[columns] = {};
+      for (int64_t k = 0; k < depth; k += lanes) {
+        const V left = load_vector(a + k);
+#pragma GCC unroll 4
+        for (int64_t j = 0; j < columns; ++j) sum[j] += left * load_vector(b.data.data() + j * depth + k);
+      }
+#pragma GCC unroll 4
+      for (int64_t j = 0; j < columns; ++j) sums[j][i] = sum[j];
+    }
+#pragma GCC unroll 4
+    for (int64_t j = 0; j < columns; ++j) store_vector<T>(lane_sums<T>(sums[j]), dot[j]);
+    for (int64_t i = 0; i < count; ++i, c += kPad) {
+      std::fill_n(c, kPad, T(0));
+      for (int64_t j = 0; j < columns; ++j) c[j] = dot[j][i];
+    }
+  }
+}
+
 // C [rows, padded columns] = A B
 template <class T>
 void multiply(int64_t rows, const T* a, int64_t a_row, const Packed<T>& b, T* c, bool parallel) {
+  if (b.few) {
+    static_assert(kFew == 4, "the cases below");
+    if (b.columns == 1) dots<1>(rows, a, a_row, b, c);
+    if (b.columns == 2) dots<2>(rows, a, a_row, b, c);
+    if (b.columns == 3) dots<3>(rows, a, a_row, b, c);
+    if (b.columns == 4) dots<4>(rows, a, a_row, b, c);
+    return;
+  }
   const int64_t c_row = padded(b.columns), panels = (b.columns + kPanel - 1) / kPanel;
   const int64_t height = parallel ? kStripRows : std::max<int64_t>(1, rows), strips = (rows + height - 1) / height;
   parallel_for(panels * strips, parallel, [&](int64_t begin, int64_t end) {
@@ -256,8 +337,10 @@ struct Dynamics {
       }
       const int64_t skip = p.skip();
       const auto element = [&](int64_t i, int64_t k) { return scale[i] * at<T>(p.weight, i, skip + k); };
-      if (!backward || !t) layers[l].forward.fill(p.in, p.out, [&](int64_t k, int64_t i) { return element(i, k); });
-      if (backward) layers[l].backward.fill(p.out, p.in, element);
+      const bool whole = !wide && l > 0;  // the rows of x have no padding
+      if (!backward || !t)
+        layers[l].forward.fill(p.in, p.out, whole, [&](int64_t k, int64_t i) { return element(i, k); });
+      if (backward) layers[l].backward.fill(p.out, p.in, !wide, element);
     }
   }
   int64_t depth() const { return int64_t(layers.size()); }
@@ -283,17 +366,21 @@ struct Moments {
 
   void set(const Dynamics<T>& net, int64_t b, T time) {
     t[b] = time;
-    T *gates = gate.data() + b * units, *to = bias.data() + b * units, *drifts = drift.data() + b * units;
-    const T *v = net.bias.data(), *hyper = net.hyper.data(), *w = net.gate_weight.data(), *u = net.gate_bias.data();
-    if (net.gated) {
+    T* to = bias.data() + b * units;
+    if (net.gated)
+      gates(time, net.gate_weight.data(), net.gate_bias.data(), net.bias.data(), net.hyper.data(), units,
+            gate.data() + b * units, to, drift.data() + b * units);
+    else
 #pragma omp simd
-      for (int64_t i = 0; i < units; ++i) {
-        const T value = logistic(w[i] * time + u[i]).sigmoid;
-        gates[i] = value, to[i] = value * v[i], drifts[i] = time * hyper[i];
-      }
-    } else {
+      for (int64_t i = 0; i < units; ++i) to[i] = net.bias[i] + time * net.hyper[i];
+  }
+  // on its own: inlined, its loop does not vectorise
+  __attribute__((noinline)) static void gates(T time, const T* w, const T* u, const T* v, const T* hyper, int64_t n,
+                                              T* __restrict gate, T* __restrict bias, T* __restrict drift) {
 #pragma omp simd
-      for (int64_t i = 0; i < units; ++i) to[i] = v[i] + time * hyper[i];
+    for (int64_t i = 0; i < n; ++i) {
+      const T value = logistic(w[i] * time + u[i]).sigmoid;
+      gate[i] = value, bias[i] = value * v[i], drift[i] = time * hyper[i];
     }
   }
 
@@ -340,43 +427,40 @@ T* forward_block(const Dynamics<T>& net, const Moments<T>& now, int64_t count, i
                  T* const* buffers, const Kept<T>* kept) {
   const int64_t rows = 1 + tangents, last = net.depth() - 1;
   const T* in = x;
-  for (int64_t l = 0; l <= last; ++l) {
+  for (int64_t l = 0;; ++l) {
     const Layer<T>& layer = net.layers[l];
-    const int64_t width = padded(layer.out);
+    const int64_t in_width = l == 0 ? layer.in : padded(layer.in), width = padded(layer.out);
     T* z = kept ? kept->rows[l] : buffers[l % 2];
-    multiply(rows * count, in, l == 0 ? layer.in : padded(layer.in), layer.forward, z, net.wide);
-    const auto each = [&](const auto& f) {
-      for_columns(width, net.wide, [&](int64_t first, int64_t n) {
-        T unused[kColumns];
-        for (int64_t b = 0; b < count; ++b)
-          f(z + b * rows * width + first, now.of(b, net.offset[l] + first),
-            kept && net.gated ? kept->before[l] + b * width + first : unused, b * rows * width + first, n);
-      });
+    T* y = l < last && keeps_input(kind) && kept ? buffers[l % 2] : z;
+    T* before = kept && net.gated ? kept->before[l] : nullptr;
+    // what follows the product, on n columns of the samples from `begin` to `end`
+    const auto follow = [&](int64_t begin, int64_t end, int64_t first, int64_t n) {
+      for (int64_t b = begin; b < end; ++b) {
+        const int64_t place = b * rows * width + first;
+        const Affine<T> f = now.of(b, net.offset[l] + first);
+        T* u = before ? before + b * width + first : nullptr;
+        if (l == last)
+          finish_rows(z + place, f, u, tangents, n, width);
+        else if (net.gated)
+          forward_rows<kind, true>(z + place, f, u, y + place, tangents, n, width, width);
+        else
+          forward_rows<kind, false>(z + place, f, u, y + place, tangents, n, width, width);
+      }
     };
-    if (l == last) {  // no activation: a = gate z + bias + drift
-      each([&](T* row, const Affine<T> f, T* u, int64_t, int64_t n) {
-        for (int64_t s = 0; s <= tangents; ++s, row += width)
-#pragma omp simd
-          for (int64_t i = 0; i < n; ++i) {
-            T value = f.gate ? f.gate[i] * row[i] : row[i];
-            if (s == 0) u[i] = value += f.bias[i];
-            row[i] = s == 0 && f.drift ? value + f.drift[i] : value;
-          }
-      });
-      return z;
+    if (net.wide) {
+      multiply(rows * count, in, in_width, layer.forward, z, true);
+      for_columns(width, true, [&](int64_t first, int64_t n) { follow(0, count, first, n); });
+    } else {  // while the product's rows are in L1
+      const int64_t some = std::max<int64_t>(1, kStripRows / rows);
+      for (int64_t b = 0; b < count; b += some) {
+        const int64_t end = std::min(count, b + some);
+        multiply(rows * (end - b), in + b * rows * in_width, in_width, layer.forward, z + b * rows * width, false);
+        follow(b, end, 0, width);
+      }
     }
-    T* y = keeps_input(kind) && kept ? buffers[l % 2] : z;
-    if (net.gated)
-      each([&](T* row, const Affine<T> f, T* u, int64_t to, int64_t n) {
-        forward_rows<kind, true>(row, f, u, y + to, tangents, n, width, width);
-      });
-    else
-      each([&](T* row, const Affine<T> f, T* u, int64_t to, int64_t n) {
-        forward_rows<kind, false>(row, f, u, y + to, tangents, n, width, width);
-      });
+    if (l == last) return z;
     in = y;
   }
-  return nullptr;
 }
 
 }  // namespace fastflow

@@ -66,21 +66,27 @@ void multiply_add(Product<T> p, bool parallel) {
 template <class T>
 void backward_last(const T* kept, const T* u, const T* gate, T* g, int64_t tangents, int64_t n, int64_t step, T* ga,
                    T* gi) {
+  for_vectors(n, [&](int64_t first, auto count) {
+    T total[kPad];
 #pragma omp simd
-  for (int64_t i = 0; i < n; ++i) {
-    ga[i] += g[i];
-    gi[i] += (T(1) - gate[i]) * (g[i] * u[i]);
-    g[i] *= gate[i];
-  }
-  for (int64_t s = 1; s <= tangents; ++s) {
-    const T* k = kept + s * step;
-    T* gs = g + s * step;
-#pragma omp simd
-    for (int64_t i = 0; i < n; ++i) {
-      gi[i] += (T(1) - gate[i]) * (gs[i] * k[i]);
-      gs[i] *= gate[i];
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t at = first + i;
+      ga[at] += g[at];
+      total[i] = g[at] * u[at];
+      g[at] *= gate[at];
     }
-  }
+    for (int64_t s = 1; s <= tangents; ++s) {
+      const T* k = kept + s * step + first;
+      T* gs = g + s * step + first;
+#pragma omp simd
+      for (int64_t i = 0; i < count; ++i) {
+        total[i] += gs[i] * k[i];
+        gs[i] *= gate[first + i];
+      }
+    }
+#pragma omp simd
+    for (int64_t i = 0; i < count; ++i) gi[first + i] += (T(1) - gate[first + i]) * total[i];
+  });
 }
 
 // Gradients g [count, 1 + S, padded D] of the last layer's values and tangents become gx [count, D]. Buffers: two of

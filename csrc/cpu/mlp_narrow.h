@@ -55,17 +55,16 @@ void add_bias_grad(const Linear<T>& l, const T* g, T* to, bool add) {
   }
 }
 
-// to[i] = the sum of the lanes of from[i], in the order of tree_sum
+// to[i] = the sum of the lanes of from[i]
 template <class T>
 void sum_lanes(const T* from, int64_t n, T* to) {
   constexpr int64_t lanes = Vector<T>::lanes;
-  T sums[lanes * kPad];
-  for (int64_t i = 0; i < n; i += kPad) {
-    const int64_t count = std::min(kPad, n - i);
-    transpose_rows<lanes>(from + i * lanes, count, sums, kPad);
-    for (int64_t width = lanes / 2 * kPad; width >= kPad; width /= 2)
-#pragma omp simd
-      for (int64_t j = 0; j < width; ++j) sums[j] += sums[j + width];
+  for (int64_t i = 0; i < n; i += lanes) {
+    const int64_t count = std::min(lanes, n - i);
+    typename Vector<T>::type rows[lanes] = {};
+    std::memcpy(rows, from + i * lanes, count * sizeof(rows[0]));
+    T sums[lanes];
+    store_vector<T>(lane_sums<T>(rows), sums);
     std::copy_n(sums, count, to + i);
   }
 }

@@ -1,4 +1,5 @@
-// A block of rows transposed: squares of one vector each way, by shuffles where the compiler has them.
+// Vectors across: sums of their lanes, and a block of rows transposed by squares of one vector each way; by shuffles
+// where the compiler has them.
 #pragma once
 
 #include <algorithm>
@@ -24,6 +25,29 @@ inline V interleave(const V& a, const V& b, std::index_sequence<i...>) {
   return __builtin_shufflevector(a, b, int((i & 1) * lanes + i / 2 + (upper ? lanes / 2 : 0))...);
 }
 #endif
+
+// The sum of the lanes of a[i] in lane i, a tree; overwrites a.
+template <class T>
+inline typename Vector<T>::type lane_sums(typename Vector<T>::type* a) {
+  constexpr int64_t lanes = Vector<T>::lanes;
+#if defined(FASTFLOW_SHUFFLE)
+  using Lanes = std::make_index_sequence<size_t(lanes)>;
+#pragma GCC unroll 4
+  for (int64_t half = lanes / 2; half > 0; half /= 2)
+#pragma GCC unroll 8
+    for (int64_t i = 0; i < half; ++i)
+      a[i] = interleave<false>(a[i], a[i + half], Lanes()) + interleave<true>(a[i], a[i + half], Lanes());
+  return a[0];
+#else
+  typename Vector<T>::type sums = {};
+  for (int64_t i = 0; i < lanes; ++i) {
+    for (int64_t half = lanes / 2; half > 0; half /= 2)
+      for (int64_t k = 0; k < half; ++k) a[i][k] += a[i][k + half];
+    sums[i] = a[i][0];
+  }
+  return sums;
+#endif
+}
 
 // from [rows][columns] to [columns][row], row >= rows a multiple of kPad; zeros behind the end of a row
 template <int64_t columns, class T>

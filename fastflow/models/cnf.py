@@ -30,6 +30,11 @@ class Estimate(NamedTuple):
     standard_error: Tensor
 
 
+def _continuous(module: nn.Module) -> Iterator[Continuous]:
+    for child in module.children():
+        yield from [child] if isinstance(child, Continuous) else _continuous(child)
+
+
 class ContinuousModel(nn.Module):
     r"""What models share of whose layers some are :class:`fastflow.nn.Continuous`; it stands before the class that
     says how the layers make a density, :class:`fastflow.nn.Flow` or :class:`fastflow.nn.MultiScale`.
@@ -49,7 +54,7 @@ class ContinuousModel(nn.Module):
     @property
     def blocks(self) -> list[Continuous]:
         """The continuous layers, from data to latents."""
-        return [m for m in self.modules() if isinstance(m, Continuous)]
+        return list(dict.fromkeys(_continuous(self)))
 
     @property
     def evaluations(self) -> int:
@@ -59,6 +64,9 @@ class ContinuousModel(nn.Module):
     @contextmanager
     def _blocks_with(self, **settings: Any) -> Iterator[None]:
         """All blocks with other settings for a while; a trace is that of both modes."""
+        if not settings:
+            yield
+            return
         if "trace" in settings:
             settings["eval_trace"] = settings["trace"]
         blocks = self.blocks
