@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import torch
 
-from fastflow.bench import conv1x1, coupling, device, gaussian, gpu, table, trace, wavenet
+from fastflow.bench import conv1x1, coupling, device, gaussian, gpu, gru_ode, ode, table, trace, wavenet
 from fastflow.bench.contest import Contest
 from fastflow.bench.plain_glow import PlainGlow
 from fastflow.bench.row import Row, contenders
@@ -88,13 +88,15 @@ SIZE = 1 << 18
     "row",
     [
         row
-        for family in (coupling, gaussian, conv1x1, trace, wavenet)
+        for family in (coupling, gaussian, conv1x1, trace, wavenet, ode, gru_ode)
         for row in family.gpu_rows(SIZE)
         if "LU" not in row.name
     ],
     ids=lambda row: row.id,
 )
 def test_contenders_agree(row, uncompiled):
+    if row.family == "ode":
+        pytest.importorskip("torchdiffeq")
     contest = Contest(row)
     assert {"fastflow", "eager"} <= set(contest.contenders) and set(contest.absent) <= {"triton", "eager graph"}
 

@@ -30,6 +30,8 @@ FAMILIES = (  # the most wanted first
     "glow",
     "conv1x1",
     "trace",
+    "ode",
+    "gru_ode",
     "mlp_coupling",
     "planar",
     "sylvester",

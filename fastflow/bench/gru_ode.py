@@ -75,3 +75,11 @@ def rows() -> Iterator[Row]:
     yield _row(500, 100, 10, True)
     yield _row(500, 100, 10, False)
     yield _row(50, 1000, 10, True)  # its memory is that of 100 steps
+
+
+def gpu_rows(size: int) -> Iterator[Row]:
+    """The published sizes and more series, unless ``size`` says that this is only a test."""
+    batches, steps, seen = ((50, 500), 100, 10) if size >= 2**20 else ((2, 3), 5, 2)
+    for batch in batches:
+        for train, target in ((True, 10.0), (False, 15.0)):
+            yield _row(batch, steps, seen, train, targets={"eager": target})

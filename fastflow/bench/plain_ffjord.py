@@ -75,7 +75,7 @@ class PlainFFJORD(nn.Module):
         x, logdet = odeint_adjoint(
             self.dynamics,
             (x, x.new_zeros(len(x), 1)),
-            torch.tensor(times),
+            x.new_tensor(times),
             rtol=self.tolerance,
             atol=self.tolerance,
             method="dopri5",

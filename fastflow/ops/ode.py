@@ -28,8 +28,7 @@ from fastflow.ops.trace_mlp import _materialised, _probes, _readable, network
 
 __all__ = ["Solution", "Steps", "mlp_ode"]
 
-KERNELS = ("cpu", "cuda")
-FAMILY = Family("ode", gpu=("cuda",))
+FAMILY = Family("ode")
 
 
 class Steps(NamedTuple):
@@ -89,7 +88,6 @@ _PROBLEM = (
 
 @op(
     f"mlp_ode_fwd({_PROBLEM}, int checkpoints, int max_steps) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    backends=KERNELS,
 )
 def _forward(kernel, x, times, probes, params, method, layer, activation, control, checkpoints, max_steps):
     (samples, dim), outputs = x.shape, times.shape[0] - 1
@@ -110,7 +108,6 @@ def _forward(kernel, x, times, probes, params, method, layer, activation, contro
 @op(
     f"mlp_ode_bwd({_PROBLEM}, Tensor steps, Tensor counts, Tensor states, Tensor gvalues, Tensor gtraces,"
     " Tensor genergies) -> Tensor[]",
-    backends=KERNELS,
 )
 def _backward(
     kernel, x, times, probes, params, method, layer, activation, control, steps, counts, states, gvalues, gtraces,
@@ -128,7 +125,7 @@ def _backward(
 @op(
     f"mlp_ode_adjoint({_PROBLEM}, int max_steps, Tensor values, Tensor gvalues, Tensor gtraces, Tensor genergies)"
     " -> Tensor[]",
-    backends=("cpu",),
+    backends=("cpu", "cuda"),
 )
 def _adjoint(
     kernel, x, times, probes, params, method, layer, activation, control, max_steps, values, gvalues, gtraces,
@@ -184,7 +181,7 @@ class _MlpOde(torch.autograd.Function):
             )
             return *[None] * 5, *found[:2], None, *found[2:]
         counts = None
-        if ctx.backend not in (_adjoint if ctx.gradient == "adjoint" else _backward):
+        if not _differentiates(ctx.backend, ctx.gradient, problem, probes, params, x):
             counts, *found = adjoint(problem, times, probes, params, values, *grads)
         else:
             method = METHODS[problem.method].pack()
@@ -304,7 +301,7 @@ def mlp_ode(
         params, *kind = network(x, layers, layer, activation)
         problem = Problem(method, *kind, control, max_steps)
         start, probes = (p if p is None or p.dtype == params[0].dtype else p.to(params[0].dtype) for p in (x, probes))
-        limit = partial(_too_large, problem=problem, probes=probes, params=params, x=start)
+        limit = partial(_unserved, problem=problem, probes=probes, params=params, x=start)
         backend = choose(FAMILY, (x, probes, *params), backend, limit)
         values, traces, energies, counts = _solve(
             backend, problem, gradient, checkpoints, report, start, times, probes, params
@@ -344,18 +341,29 @@ def _solve(backend, problem, gradient, checkpoints, report, x, times, probes, pa
     return values, traces, energies, path.counts
 
 
-def _too_large(
-    backend: str, problem: Problem, probes: Tensor | None, params: Sequence[Tensor], x: Tensor
-) -> str | None:
-    """Why a backend cannot serve networks of this size, None if it can."""
-    if backend != "cuda":
+def _unserved(backend: str, problem: Problem, probes: Tensor | None, params: Sequence[Tensor], x: Tensor) -> str | None:
+    """Why a backend cannot serve a solve, None if it can: what goes by stages has the steps of the whole batch."""
+    if backend == "cpu" or not problem.control.per_sample:
         return None
+    if backend == "triton":
+        return "has no steps per sample"
     from fastflow.ops.cuda.ode import fits
 
     stages = METHODS[problem.method].stages
     if fits(x, probes, params, problem.layer, bool(problem.control.regularize), stages):
         return None
-    return "a sample and what its steps need do not fit into a block's shared memory"
+    return "has steps per sample only where a sample and what they need fit into a block's shared memory"
+
+
+def _differentiates(
+    backend: str, gradient: str, problem: Problem, probes: Tensor | None, params: Sequence[Tensor], x: Tensor
+) -> bool:
+    """Has a backend a kernel of this gradient, for networks of this size?"""
+    if (backend, gradient) != ("cuda", "adjoint"):
+        return backend in (_backward if gradient == "steps" else _adjoint)
+    from fastflow.ops.cuda.ode_adjoint import fits
+
+    return fits(x, probes, params, problem.layer, bool(problem.control.regularize), METHODS[problem.method].stages)
 
 
 def checked_times(times: Sequence[float] | Tensor) -> Tensor:

@@ -36,7 +36,7 @@ def selftest(backend: str, family: str, device: torch.device, dtype: torch.dtype
         return None
     with _undemanding(device):
         for case in cases(family):
-            if not case.selftest or dtype not in case.dtypes:
+            if not case.selftest or dtype not in case.dtypes or backend not in case.backends:
                 continue
             try:
                 for check in (check_forward, check_gradient):

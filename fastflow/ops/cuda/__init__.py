@@ -29,6 +29,7 @@ FAMILIES = (
     "wavenet",
     "gru_ode",
     "ode",
+    "ode_adjoint",
 )
 
 _kernels: dict[str, Callable[..., None]] = {}

@@ -22,6 +22,8 @@ RESIDENT = {
     "ode_solve": 1,
     "ode_step": 2,
     "ode_bwd": 2,
+    "ode_adjoint_solve": 1,
+    "ode_adjoint_step": 2,
 }
 
 
@@ -99,6 +101,8 @@ _MLP_COUPLING = {
     "mlp_coupling_bwd": "StackBackward",
 }
 _ODE = {"ode_solve": "OdeForward", "ode_step": "OdeForward"}
+_ODE_ADJOINT = {"ode_adjoint_solve": "OdeAdjoint", "ode_adjoint_step": "OdeAdjoint"}
+_STAGES = {"ode_norms": "Stages", "ode_combine": "Combine", "ode_decide": "Stages", "ode_apply": "Stages"}
 _SYLVESTER = {"sylvester_fwd": "SylvesterForward", "sylvester_bwd": "SylvesterBackward"}
 
 USUAL = [
@@ -124,6 +128,8 @@ USUAL = [
     *_each("wavenet", {"wavenet_gate_fwd": "GateRows", "wavenet_gate_bwd": "GateRows"}, _ACCUMULATORS),
     *_each("wavenet", {"wavenet_generate": "Generate"}, _ACCUMULATORS),
     *_each("ode", _ODE, _ACCUMULATORS),
+    *_each("ode_adjoint", _ODE_ADJOINT, _ACCUMULATORS),
+    *_each("ode_stages", _STAGES, _ACCUMULATORS),
     *_each("ode_backward", {"ode_bwd": "OdeBackward"}, _ACCUMULATORS),
     *_sweeps(),
     *_each("shares", {"add_shares": "Shares"}, _ACCUMULATORS),

@@ -37,6 +37,7 @@ _FAMILIES = {
     "mlp_coupling": ("mlp_coupling_fwd", "mlp_coupling_bwd"),
     "sylvester": ("sylvester_fwd", "sylvester_bwd"),
     "trace": ("trace_rows", "trace_rows_bwd", "trace_contract", "trace_layer_fwd", "trace_layer_bwd"),
+    "ode": ("mlp_ode_fwd", "mlp_ode_bwd"),
     "wavenet": ("wavenet_gate_fwd", "wavenet_gate_bwd", "wavenet_generate"),
 }
 _HOME = {kernel: family for family, kernels in _FAMILIES.items() for kernel in kernels}
