@@ -268,7 +268,6 @@ def test_steps_of_the_adjoint(method):
         _ = direct.adjoint_steps
 
 
-@pytest.mark.skipif(not fastflow.ops.ode.KERNELS, reason="the reference keeps every step")
 @pytest.mark.parametrize("adjoint", [False, True], ids=["steps", "adjoint"])
 def test_memory_does_not_grow_with_the_time(adjoint):
     """Of a training step of 20 and of 200 evaluations."""

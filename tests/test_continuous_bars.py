@@ -109,3 +109,17 @@ def test_gru_ode_bayes(name):
     nats, error = (float(part.sum() / count) for part in (-scores.log_likelihood, scores.squared_error))
     naive_nats, naive_error = mean_predictor(data.train, data.final, data.features)
     assert nats < naive_nats - 0.5 and error < naive_error / 4
+
+
+@pytest.mark.parametrize("name", ["moons", "double-ou"])
+def test_training_repeats_itself_to_the_bit(name):
+    """On one thread and on two."""
+    data = load_data(name, **({"series": 200} if name == "double-ou" else {}))
+    found = []
+    for threads in (1, 2, 1):
+        torch.manual_seed(0)
+        torch.set_num_threads(threads)
+        model = FFJORD(2, hidden=(32, 32), time=0.5) if name == "moons" else GRUODEBayes(2, 1, hidden=16, step=0.1)
+        found.append(trained(model, batches(data, 100), 10, 1e-2).state_dict())
+    for other in found[1:]:
+        assert all(torch.equal(other[key], value) for key, value in found[0].items())

@@ -260,3 +260,17 @@ def test_two_runs_give_the_same_bits(gradient):
         assert torch.equal(a, b)
     alone = ops.mlp_ode(X[2:3].float(), (0.0, 1.0), layers, **options)
     assert torch.equal(alone.value[:, 0], first[0][:, 2]) and torch.equal(alone.trace[:, 0], first[1][:, 2])
+
+
+@pytest.mark.parametrize("options", [{}, {"per_sample": True}, {"method": "rk4", "step_size": 0.3}], ids=str)
+def test_the_adjoint_reports_its_steps(emulated, options):
+    x, taken = torch.randn(9, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0)), {}
+    layers = [[p.requires_grad_() for p in group] for group in net(3, 5, 3)]
+    for backend in ("cuda", "reference"):
+        solution = ops.mlp_ode(
+            x, (0, 0.4, 1), layers, layer="concat_squash", exact=True, gradient="adjoint", rtol=1e-3, atol=1e-3,
+            backend=backend, report=lambda steps, backend=backend: taken.update({backend: steps}), **options,
+        )  # fmt: skip
+        solution.trace.sum().backward()
+    assert all(torch.equal(*pair) for pair in zip(taken["cuda"], taken["reference"], strict=True))
+    assert (taken["cuda"].accepted > 0).all()

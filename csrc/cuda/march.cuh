@@ -187,19 +187,19 @@ template <class S>
 FF_D void march(const S& o) {
   begin(o);
   const int s = int(threadIdx.x);
-  const bool mine = s < o.samples, counted = mine && o.begin + s < o.ode.controls;
+  const bool mine = s < o.samples, own = mine && o.begin + s < o.ode.controls;  // a controller of its own
   if (mine) o.controls[s].phase = kBegin;
   for (;;) {
     if (mine)
       decide(o.rules(), o.controls[s], o.verdicts[s], o.sums + s * kNorms, 1,
-             counted && o.ode.steps ? o.ode.step(0, o.begin + s) : nullptr);
+             own && o.ode.steps ? o.ode.step(0, o.begin + s) : nullptr);
     __syncthreads();
     const int64_t phase = agree(o);
     work(o, phase);
     if (phase >= kDone) break;
     __syncthreads();
   }
-  if (counted) count(o.ode, o.controls[s], o.begin + s);
+  if (own) count(o.ode, o.controls[s], o.begin + s);
   if (mine && o.valid(s)) report(o, o.controls[s], o.begin + s);
 }
 

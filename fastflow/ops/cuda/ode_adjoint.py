@@ -47,16 +47,16 @@ def fits(x: Tensor, probes: Tensor | None, params: Sequence[Tensor], layer: int,
 
 @functools.partial(planned, values=(14,))
 def _adjoint(
-    packed, method, times, probes, value, a, integrals, shares, counts, grid, status, state, kept, partial, turn: int,
-    net: Network, stages: int, blocks: int, energies: int, rtol: float, atol: float, exact: bool,
+    packed, method, times, probes, counts, value, a, integrals, shares, grid, status, state, kept, partial, turn: int,
+    net: Network, stages: int, blocks: int, controls: int, energies: int, rtol: float, atol: float, exact: bool,
     max_steps: int,
 ) -> Plan:  # fmt: skip
     sizes = net, _tangents(probes), energies, stages, value.element_size()
     tile, copied, places = _tile(functools.partial(_places, *sizes), value.shape[0])
     tiles, batched = -(-value.shape[0] // tile), kept is not None
-    fields = _ode(net, probes, 0, counts.shape[0], times, value, tile, copied, energies, exact)
-    fields += [NULL, Address(8), NULL, *_control(9, grid, batched, tiles, rtol, atol, max_steps)]
-    fields += [*places.starts, Address(4), *value.stride(), Address(5), *a.stride(), Address(6), Address(7), blocks]
+    fields = _ode(net, probes, 0, controls, times, value, tile, copied, energies, exact)
+    fields += [NULL, Address(4), NULL, *_control(9, grid, batched, tiles, rtol, atol, max_steps)]
+    fields += [*places.starts, Address(5), *value.stride(), Address(6), *a.stride(), Address(7), Address(8), blocks]
     kernel = "ode_adjoint_step" if batched else "ode_adjoint_solve"
     instance = Instance("ode_adjoint", kernel, "OdeAdjoint", (accumulates(value),))
     return Plan([Launch(instance, blocks, fields, places.bytes)])
@@ -72,8 +72,12 @@ def mlp_ode_adjoint(
     genergies, counts, gx, gparams,
 ) -> None:  # fmt: skip
     rtol, atol, step_size, per_sample, exact, _ = control
-    net, stages, energies = network(x, params, layer, activation), int(method[0]), genergies.shape[1]
-    points, taken = times.tolist(), counts.new_empty((counts.shape[0], 4))
+    net, stages, energies, points = (
+        network(x, params, layer, activation),
+        int(method[0]),
+        genergies.shape[1],
+        times.tolist(),
+    )
     packed, (samples, dim) = pack(params, net), x.shape
     sizes = net, _tangents(probes), energies, stages, x.element_size()
     tile, _, _ = _tile(functools.partial(_places, *sizes), samples)
@@ -81,7 +85,18 @@ def mlp_ode_adjoint(
     shares = packed.new_zeros((blocks, packed.numel()), dtype=torch.float64)
     back = torch.stack([times[1:], times[:-1]], 1).to(x.device)  # of every output: its time and the one before
     constants = packed, _numbers(tuple(method), x.device)
-    meaning = net, stages, blocks, energies, float(rtol), float(atol), bool(exact), max_steps
+    meaning = (
+        net,
+        stages,
+        blocks,
+        samples if per_sample else 1,
+        energies,
+        float(rtol),
+        float(atol),
+        bool(exact),
+        max_steps,
+    )
+    taken = counts.new_empty((len(counts), 4))  # of one output
     integrals = x.new_zeros((gtraces.shape[1] + energies, samples))
     gx.zero_()
     for i in range(len(points) - 2, -1, -1):
@@ -90,7 +105,7 @@ def mlp_ode_adjoint(
         if points[i] == points[i + 1]:
             continue
         grid = _fixed_steps([points[i + 1], points[i]], method, step_size, max_steps, x.device)
-        given = *constants, back[i], probes, values[i], gx, integrals, shares, taken, grid
+        given = *constants, back[i], probes, taken, values[i], gx, integrals, shares, grid
         launch = lambda *left, given=given: _adjoint(*given, *left, *meaning)  # noqa: E731
         _march(launch, x, 2 * dim, stages, grid is None and not per_sample, max_steps)
         counts += taken[:, :3]
