@@ -85,7 +85,7 @@ def _grads(case: Case, inputs: Inputs, backend: str, weights: tuple[Tensor, ...]
     inputs = {k: v.detach().requires_grad_(v.is_floating_point()) for k, v in inputs.items()}
     outputs = case.run(backend=backend, **inputs)
     wanted = [v for v in inputs.values() if v.requires_grad]
-    pairs = [(o, w.to(o.dtype)) for o, w in zip(outputs, weights, strict=True) if o.requires_grad]
+    pairs = [(o, w.to(o)) for o, w in zip(outputs, weights, strict=True) if o.requires_grad]
     grads = torch.autograd.grad([o for o, _ in pairs], wanted, [w for _, w in pairs], allow_unused=True)
     return tuple(torch.zeros_like(w) if g is None else g for g, w in zip(grads, wanted, strict=True))
 
@@ -96,7 +96,9 @@ def _against(case: Case, backend: str, dtype: torch.dtype, device: str, size: st
     truth = compute(case, {k: v.double() if v.is_floating_point() else v for k, v in inputs.items()}, "reference")
     rounded, lower = _rounded(case, inputs, dtype, device)
     arrangements = [*(arranged for _, arranged in layouts(case, lower)), *(case.orders(lower) if case.orders else ())]
-    same = [compute(rounded, arranged, "reference") for arranged in arrangements]
+    if device != "cpu":  # which sums in yet another order
+        arrangements.append({k: v.cpu() for k, v in lower.items()})
+    same = [[t.to(device) for t in compute(rounded, arranged, "reference")] for arranged in arrangements]
     for layout, arranged in layouts(case, inputs):
         for i, (value, expected, *references) in enumerate(
             zip(compute(case, arranged, backend), truth, *same, strict=True)
