@@ -240,6 +240,15 @@ FF_HD double tanh_small(double x) {
   return x * z * (p / q);
 }
 
+#if defined(__CUDACC__) || defined(__CUDACC_RTC__)
+// fewer registers than below: kernels of half precision would spill
+FF_HD float tanh(float x) {
+  const float a = abs(x);
+  const float large = 1.f - 2.f / (exp(a + a) + 1.f);
+  const float signed_large = x < 0.f ? -large : large;
+  return a < 0.625f ? x + tanh_small(x) : signed_large;
+}
+#else
 // With h = (e^2a - 1) / 2, a = |x|, it is h / (h + 1). Float: a = n ln2 / 2 + f, so that e^2a = 2^n e^2f; near 0, where
 // n = 0, h and with it tanh is x itself. One division, at most 2 ulp, never above 1.
 FF_HD float tanh(float x) {
@@ -262,6 +271,7 @@ FF_HD float tanh(float x) {
   const float m = h > 1.f ? 1.f : h;  // h - h h / (h + 1), or 1 - 1 / (h + 1): the quotient's rounding counts less
   return bit_cast<float>(bit_cast<uint32_t>(m - m * (m / (h + 1.f))) | (bits & sign_bit));
 }
+#endif
 
 FF_HD double tanh(double x) {
   const double a = abs(x);
